@@ -1,0 +1,143 @@
+"""Every test runs in a home, a cache and a temporary directory of its own; the user's are never touched."""
+
+import contextlib
+import hashlib
+import io
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRATCH = Path(tempfile.mkdtemp(prefix="autoresearch-tests-"))
+REAL_HOME = Path(os.path.expanduser("~"))
+for name in ("SEED", "TIME_BUDGET", "AUDIT", "AUTORESEARCH_DATASET", "HF_ENDPOINT", "HF_TOKEN"):
+    os.environ.pop(name, None)
+for name, folder in {"HOME": "home", "TMPDIR": "tmp", "AUTORESEARCH_HOME": "cache", "XDG_CACHE_HOME": "xdg",
+                     "TORCHINDUCTOR_CACHE_DIR": "inductor", "IPYTHONDIR": "ipython", "MPLCONFIGDIR": "mpl"}.items():
+    (SCRATCH / folder).mkdir()
+    os.environ[name] = str(SCRATCH / folder)
+os.environ.update(NO_PROXY="127.0.0.1,localhost", GIT_CONFIG_GLOBAL="/dev/null", GIT_AUTHOR_NAME="t", GIT_COMMITTER_NAME="t",
+                  GIT_AUTHOR_EMAIL="t@example.org", GIT_COMMITTER_EMAIL="t@example.org")
+tempfile.tempdir = None
+
+import pytest  # noqa: E402  (after the environment is set, as are the imports of prepare in the tests)
+
+
+def pytest_sessionfinish(session):
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def real_home_is_untouched():
+    watched = REAL_HOME / ".cache" / "autoresearch"
+    before = sorted((str(p), p.stat().st_mtime_ns) for p in watched.rglob("*")) if watched.exists() else None
+    yield
+    after = sorted((str(p), p.stat().st_mtime_ns) for p in watched.rglob("*")) if watched.exists() else None
+    assert before == after, "the tests touched the user's cache"
+
+
+def words(seed, count):
+    """Text with some structure to learn: words of a small vocabulary, each likely followed by one of a few."""
+    rng = random.Random(0)
+    stock = ["".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 9))) for _ in range(300)]
+    follow = {w: rng.sample(stock, 4) for w in stock}
+    rng, word, out = random.Random(seed), stock[0], []
+    for i in range(count):
+        word = rng.choice(follow[word]) if rng.random() < 0.9 else rng.choice(stock)
+        out.append(word + (".\n\n" if rng.random() < 0.02 else " é " if rng.random() < 0.01 else " "))
+    return "".join(out)
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for n in range(40):
+        (folder / f"{n:02d}.txt").write_text(words(n, 1500), encoding="utf-8")
+    return folder
+
+
+def spawn_prepare(*args, env=None, cwd=ROOT):
+    """prepare.py in a process of its own, which costs 3 s for the imports."""
+    return subprocess.run([sys.executable, "prepare.py", *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})}, timeout=120)
+
+
+def run_prepare(*args, env=None):
+    """The same within this process: argv, environment, output and exit status as a shell would have them."""
+    import prepare
+    argv, sys.argv = sys.argv, ["prepare.py", *map(str, args)]
+    before, out, err, status = dict(os.environ), io.StringIO(), io.StringIO(), 0
+    os.environ.update(env or {})
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                prepare.main()
+            except SystemExit as end:
+                status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+                if isinstance(end.code, str):
+                    print(end.code, file=sys.stderr)
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+    finally:
+        sys.argv = argv
+        os.environ.clear()
+        os.environ.update(before)
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
+
+
+SMALL = ["--vocab-size", 512, "--seq-len", 64, "--eval-tokens", 4096]
+
+
+@pytest.fixture(scope="session")
+def small_home(tmp_path_factory, text_folder):
+    """An AUTORESEARCH_HOME with a small `local` dataset: vocabulary 512, T = 64, 64 evaluation rows."""
+    home = tmp_path_factory.mktemp("small")
+    done = run_prepare("--dataset", "local", "--path", text_folder, *SMALL, env={"AUTORESEARCH_HOME": str(home)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return home
+
+
+@pytest.fixture
+def small(small_home, monkeypatch):
+    """The small dataset in use, with a clock and a run of this test's own; gives the prepare module."""
+    import prepare
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(small_home))
+    fresh_run(monkeypatch)
+    return prepare
+
+
+def fresh_run(monkeypatch):
+    import prepare
+    monkeypatch.setattr(prepare, "clock", prepare.Clock(prepare.TIME_BUDGET))
+    monkeypatch.setattr(prepare, "_Run", type("_Run", (prepare._Run,), {}))
+
+
+def tree(folder):
+    """Hash of every file below a folder, by name, locks left out."""
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(Path(folder).rglob("*")) if p.is_file() and p.name != "lock"}
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A git repository with the two files, as a user has it."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for name in ("prepare.py", "train.py", ".gitignore"):
+        shutil.copy(ROOT / name, folder / name)
+    subprocess.run("git init -q && git add -A && git commit -qm start", shell=True, cwd=folder, check=True)
+    return folder
