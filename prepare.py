@@ -175,15 +175,13 @@ def _download(repository, names, folder, workers):
     hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     url = f"{hub}/datasets/{repository}/resolve/main"
     print(f"downloading {len(missing)} files from {url}", flush=True)
-    meter, stop = _meter("downloaded"), threading.Event()
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        try:
-            jobs = [pool.submit(_fetch, f"{url}/{name}", folder / name, meter, stop) for name in missing]
-            unverified = sum(not job.result() for job in as_completed(jobs))
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+    meter, stop, pool = _meter("downloaded"), threading.Event(), ThreadPoolExecutor(max(1, workers))
+    try:
+        jobs = [pool.submit(_fetch, f"{url}/{name}", folder / name, meter, stop) for name in missing]
+        unverified = sum(not job.result() for job in as_completed(jobs))
+    finally:
+        stop.set()
+        pool.shutdown(wait=isinstance(sys.exc_info()[1], PrepareError), cancel_futures=True)
     meter(0, last=True)
     if unverified:
         print(f"{unverified} files came without a SHA-256 header: checked by size and by opening them", flush=True)
@@ -791,7 +789,8 @@ def main():
         full = "the disk is full: " * (error.errno in (errno.ENOSPC, errno.EDQUOT))
         sys.exit(f"error: {full}{error}; free some room or set AUTORESEARCH_HOME, then run this again")
     except KeyboardInterrupt:
-        sys.exit("interrupted; run this again to go on")
+        print("interrupted; run this again to go on", file=sys.stderr, flush=True)
+        os._exit(1)  # without waiting for downloads that hang
 
 if __name__ == "__main__":
     main()
