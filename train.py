@@ -337,7 +337,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             group["step"] += 1
             params, rate = group["params"], lambda name, value: self.rate(index, name, value)
-            grads = [p.grad for p in params]
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             lr, decay = rate("lr", group["lr"]), rate("decay", group["weight_decay"])
             if group["kind"] == "muon":
                 state = self.state[params[0]]

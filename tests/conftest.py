@@ -1,5 +1,6 @@
 """Every test runs in a home, a cache and a temporary directory of its own; the user's are never touched."""
 
+import atexit
 import contextlib
 import hashlib
 import io
@@ -14,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRATCH = Path(tempfile.mkdtemp(prefix="autoresearch-tests-"))
+atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)  # registered early, so it runs last
 REAL_HOME = Path(os.path.expanduser("~"))
 for name in ("SEED", "TIME_BUDGET", "AUDIT", "AUTORESEARCH_DATASET", "HF_ENDPOINT", "HF_TOKEN"):
     os.environ.pop(name, None)
@@ -26,10 +28,6 @@ os.environ.update(NO_PROXY="127.0.0.1,localhost", GIT_CONFIG_GLOBAL="/dev/null",
 tempfile.tempdir = None
 
 import pytest  # noqa: E402  (after the environment is set, as are the imports of prepare in the tests)
-
-
-def pytest_sessionfinish(session):
-    shutil.rmtree(SCRATCH, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):
