@@ -181,7 +181,7 @@ def _download(repository, names, folder, workers):
         unverified = sum(not job.result() for job in as_completed(jobs))
     finally:
         stop.set()
-        pool.shutdown(wait=isinstance(sys.exc_info()[1], PrepareError), cancel_futures=True)
+        pool.shutdown(wait=not isinstance(sys.exc_info()[1], KeyboardInterrupt), cancel_futures=True)
     meter(0, last=True)
     if unverified:
         print(f"{unverified} files came without a SHA-256 header: checked by size and by opening them", flush=True)

