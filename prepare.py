@@ -415,12 +415,12 @@ def _encode_split(tokenizer, groups, folder, split, meter):
     and <split>.batches (uint32, documents of each refill); returns what the split holds."""
     lengths, batches, size = array("I"), array("I"), 0
     with open(folder / f"{split}.tokens", "wb") as file:
-        for group in groups:
-            encoded = tokenizer.encode(group, prepend=tokenizer.get_bos_token_id(), num_threads=os.cpu_count() or 1)
+        for batch in (group[start:start + BATCH] for group in groups for start in range(0, len(group), BATCH)):
+            encoded = tokenizer.encode(batch, prepend=tokenizer.get_bos_token_id(), num_threads=os.cpu_count() or 1)
             lengths.extend(map(len, encoded))
-            batches.extend(min(BATCH, len(group) - start) for start in range(0, len(group), BATCH))
+            batches.append(len(batch))
             file.write(np.fromiter(itertools.chain.from_iterable(encoded), dtype="<u2").tobytes())
-            size += (amount := sum(len(text.encode()) for text in group))
+            size += (amount := sum(len(text.encode()) for text in batch))
             meter(amount)
     for name, values in (("docs", lengths), ("batches", batches)):
         (folder / f"{split}.{name}").write_bytes(np.asarray(values, dtype="<u4").tobytes())

@@ -99,7 +99,10 @@ def test_short_windows_limit_what_a_block_sees():
 def test_loss_is_the_cross_entropy_of_the_logits():
     model = redrawn(train.GPT(SMALL, 50, 24, CPU))
     ids = torch.randint(50, (3, 25), generator=torch.Generator().manual_seed(2))
+    raw = []
+    model.head.register_forward_hook(lambda module, inputs, output: raw.append(output))
     logits = model(ids[:, :-1])
+    assert raw[0].abs().max() > 5 and torch.allclose(logits, 15 * torch.tanh(raw[0] / 15), atol=1e-5)
     wanted = F.cross_entropy(logits.reshape(-1, 50), ids[:, 1:].reshape(-1))
     assert torch.allclose(model(ids[:, :-1], ids[:, 1:]), wanted, atol=1e-6)
     assert logits.dtype == torch.float32 and logits.abs().max() <= SMALL.softcap
