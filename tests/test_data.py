@@ -131,6 +131,21 @@ def test_killed_anywhere_and_started_again_ends_in_the_same_bytes(text_folder, s
     assert {k: v for k, v in got.items() if not k.startswith("hook") and not k.endswith(".part")} == wanted
 
 
+def test_nothing_counts_as_prepared_while_files_are_replaced(text_folder, tmp_path, monkeypatch):
+    import prepare
+    env, seen, replace = {"AUTORESEARCH_HOME": str(tmp_path)}, [], os.replace
+    run_prepare("--dataset", "local", "--path", text_folder, *SMALL, env=env)
+
+    def watching(source, target):
+        if "building" in str(source) and "building" not in str(target):
+            seen.append((tmp_path / "local" / "meta.json").exists())
+        replace(source, target)
+
+    monkeypatch.setattr(prepare.os, "replace", watching)
+    done = run_prepare("--dataset", "local", "--path", text_folder, *SMALL[:2], "--seq-len", 32, env=env)
+    assert done.returncode == 0 and seen == [False] * 10
+
+
 def test_interrupt_key_is_one_sentence(text_folder, tmp_path):
     env = {**os.environ, "AUTORESEARCH_HOME": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     running = subprocess.Popen([sys.executable, "prepare.py", "--dataset", "python"], cwd=ROOT, env=env,

@@ -32,6 +32,7 @@ class Hub(http.server.ThreadingHTTPServer):
     def __init__(self, files, hashes=True, sizes=True):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.hashes, self.sizes, self.plan, self.served, self.auth = files, hashes, sizes, {}, [], []
+        self.linked_sizes = {}
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -52,6 +53,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return self.send_error(404)
             self.send_response(302)
             self.send_header("Location", f"/cdn/{name}")
+            if name in hub.linked_sizes:
+                self.send_header("X-Linked-Size", str(hub.linked_sizes[name]))
             if hub.hashes:
                 self.send_header("X-Linked-Size", str(len(hub.files[name])))
                 self.send_header("X-Linked-Etag", '"' + hashlib.sha256(hub.files[name]).hexdigest() + '"')
@@ -176,6 +179,17 @@ def test_mirror_without_any_header_is_opened(files, tmp_path, monkeypatch):
     mirror = Hub({**files, NAMES[0]: b"<html>sign in</html>"}, hashes=False, sizes=False)
     done = prepare_from(mirror, tmp_path)
     assert done.returncode == 1 and "parquet" in done.stderr and not (tmp_path / "climbmix/shards" / NAMES[0]).exists()
+    mirror.shutdown()
+
+
+def test_mirror_that_serves_another_file_is_refused(files, tmp_path, monkeypatch):
+    import prepare
+    monkeypatch.setattr(prepare, "BACKOFF", (0.01,))
+    mirror = Hub({**files, NAMES[0]: shard(9, 50)}, hashes=False)  # whole and readable, but not what the header says
+    mirror.linked_sizes = {NAMES[0]: len(files[NAMES[0]])}
+    done = prepare_from(mirror, tmp_path)
+    assert done.returncode == 1 and "not the right ones" in done.stderr
+    assert not (tmp_path / "climbmix/shards" / NAMES[0]).exists()
     mirror.shutdown()
 
 

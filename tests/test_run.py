@@ -161,9 +161,11 @@ def test_accumulation_is_the_same_mathematics(monkeypatch):
         for ids, targets, epoch in loader:
             yield ids[:2], targets[:2], epoch
             yield ids[2:], targets[2:], epoch
+    shown = []
+    monkeypatch.setattr(train.Progress, "show", lambda self, step, elapsed, loss, *rest: shown.append(loss))
     _, whole, _, _ = looped(monkeypatch, budget=6)
     (steps, tokens), parts, _, _ = looped(monkeypatch, budget=6, accumulation=2, loader=halves(batches()))
-    assert steps == 6 and len(parts) == 12
+    assert steps == 6 and len(parts) == 12 and tokens == 12 * 64 and shown[6:] == pytest.approx(shown[:6], abs=2e-3)
     assert [(a + b) / 2 for a, b in zip(parts[::2], parts[1::2])] == pytest.approx(whole, abs=2e-3)
 
 
