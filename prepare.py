@@ -106,15 +106,16 @@ def __getattr__(name):  # resolved on first use, so that importing this file tou
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 def _meter(label):
-    """A thread-safe function to call with bytes done: a live line on a terminal, in a file a line every 10 seconds."""
-    done, shown, lock, live = 0, time.monotonic(), threading.Lock(), sys.stdout.isatty()
-    def add(amount, last=False):
+    """A thread-safe function to call with bytes done, or with sizes of files begun: a live line on a terminal, in a
+    file a line every 10 seconds."""
+    done, shown, sizes, lock, live = 0, time.monotonic(), {}, threading.Lock(), sys.stdout.isatty()
+    def add(amount, last=False, **begun):
         nonlocal done, shown
         with lock:
-            done += amount
+            done, total = done + amount, sum((sizes.update(begun) or sizes).values())
             if last or time.monotonic() - shown >= (0.2 if live else 10):
-                shown = time.monotonic()
-                print(f"{label}: {done / 1e6:,.1f} MB", end="\r" if live and not last else "\n", flush=True)
+                shown, share = time.monotonic(), f" of {total / 1e6:,.1f} MB in {len(sizes)} files" if total else " MB"
+                print(f"{label}: {done / 1e6:,.1f}{share}", end="\r" if live and not last else "\n", flush=True)
     return add
 
 # == 3. DOWNLOAD =======================================================================================================
@@ -146,6 +147,7 @@ def _fetch(url, path, meter, stop):
                 hops = {key: value for hop in (reply, *reply.history) for key, value in hop.headers.lower_items()}
                 size = int(hops.get("x-linked-size") or reply.headers.get("content-length") or 0)
                 sha = re.fullmatch(r'"?([0-9a-f]{64})"?', hops.get("x-linked-etag", ""))
+                meter(0, **{path.name: size})
                 for chunk in reply.iter_content(1 << 20):
                     _require(not stop.is_set(), "the download was stopped; run this again to go on")
                     file.write(chunk)

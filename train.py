@@ -430,6 +430,7 @@ def pick_compiler(device):
         return torch.compile(f, dynamic=False)
     if device.type == "mps":
         return lambda f: f
+    torch._dynamo.config.recompile_limit = 64  # one compilation for each shape of a stack of matrices, 8 by default
     try:
         compiler(lambda x: x * 2 + 1)(torch.ones(8, device=device))
         return compiler

@@ -108,6 +108,8 @@ def test_climbmix_end_to_end(hub, files, tmp_path):
     assert done.returncode == 0, done.stderr
     assert_whole(tmp_path, files)
     assert set(hub.auth) == {"Bearer secret"} and "without a SHA-256" not in done.stdout
+    total = f"{sum(map(len, files.values())) / 1e6:,.1f}"
+    assert f"downloaded: {total} of {total} MB in 4 files" in done.stdout
     served = len(hub.served)
     again = prepare_from(hub, tmp_path)
     assert "already prepared" in again.stdout and len(hub.served) == served == 4
