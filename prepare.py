@@ -62,7 +62,7 @@ def _home():
     return Path(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch").expanduser()
 
 def _write_atomic(path, text):
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
@@ -364,10 +364,10 @@ def prepare(args):
     _require(eval_tokens is None or eval_tokens >= seq_len, f"--eval-tokens is {eval_tokens}; give {seq_len} or more")
     folder, current = _home() / args.dataset, _home() / "current"
     folder.mkdir(parents=True, exist_ok=True)
-    lock, ours = _lock(folder / "lock")
+    lock, ours = _lock(_home() / "lock")
     with lock:  # a second preparation waits, then finds the work done
         if not ours:
-            print(f"another preparation of {args.dataset} is running; waiting for it", flush=True)
+            print(f"another preparation is running in {_home()}; waiting for it", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         source, shards, groups = _corpus(args, seq_len)
         wanted = {"source": source, "vocab_size": vocab_size, "seq_len": seq_len, "eval_tokens_asked": eval_tokens}

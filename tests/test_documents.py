@@ -125,13 +125,18 @@ def test_program_can_be_followed(project):
     assert shell(branch.replace("<tag>", "nov21"), project)[0] == 0
     assert shell(header, project)[0] == 0
     assert (project / "results.tsv").read_text() == "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
-    commit, run, grep = (next(s for s in steps if s.startswith(w)) for w in ("git add", "uv run train.py", "grep"))
+    commit, run, grep = (next(s for s in steps if s.startswith(w)) for w in ("git add", "uv run train.py >", "grep"))
     back = re.search(r"`(git reset [^`]+)`", PROGRAM)[1]
     hashes = {}
+    amend = re.search(r"`(git add train.py && git commit -q --amend [^`]+)`", PROGRAM)[1]
     for idea, score in (("baseline", 1.0), ("better", 0.9), ("worse", 0.95), ("broken", None), ("best", 0.8)):
         (project / "train.py").write_text(STAND_IN.format(score=score) + f"# {idea}\n")
         assert shell(commit.replace("<the idea in a few words>", idea), project)[0] == 0
         shell(run.replace("uv run", "python3"), project)
+        if score is None:  # a mend goes into the same commit, so that one reset undoes both
+            (project / "train.py").write_text(STAND_IN.format(score=score) + f"# {idea}, mended\n")
+            assert shell(amend, project)[0] == 0
+            shell(run.replace("uv run", "python3"), project)
         _, out = shell(grep, project)
         assert len(out.splitlines()) <= 3
         bpb = re.search(r"^val_bpb: +(\S+)", out, re.M)
@@ -147,6 +152,6 @@ def test_program_can_be_followed(project):
 
 
 def test_program_says_what_it_must():
-    for word in ("autoresearch/<tag>", "results.tsv", "run.log", "nan", "FAIL: oom", "FAIL: nan", "FAIL: timeout", "FAIL: busy",
+    for word in ("git commit -q --amend --no-edit", "SEED=43", "autoresearch/<tag>", "results.tsv", "run.log", "nan", "FAIL: oom", "FAIL: nan", "FAIL: timeout", "FAIL: busy",
                  "FAIL: harness", "FAIL: error", "git reset --hard", "Never stop", "prepare.py --check", "Simpler"):
         assert word in PROGRAM, word
