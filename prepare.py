@@ -700,10 +700,10 @@ def _watch(pid, seconds, line):
             with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:  # it may have just ended
                 found[name] = file.read().rpartition(")")[2].split()[1]
         return found
-    parent, end = os.getppid(), time.monotonic() + seconds
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(0.2)
-        if os.getppid() != parent: return  # the run is over
+        if os.getppid() != pid: return  # the run is over
     kill(pid, signal.SIGSTOP)  # it starts nothing more
     for _ in range(10):  # again, for what was being started meanwhile
         table, tree, me = parents(), {str(pid)}, str(os.getpid())

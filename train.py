@@ -20,7 +20,7 @@ import random
 import re
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import prepare
-from prepare import SEED, TIME_BUDGET, Tokenizer, clock, evaluate_bpb, guard, make_dataloader, print_summary
+from prepare import (SEED, TIME_BUDGET, PrepareError, Tokenizer, clock, evaluate_bpb, guard, make_dataloader,
+                     print_summary)
 
 # == 1. KNOBS ==========================================================================================================
 
@@ -91,14 +92,14 @@ class Knobs:
         }
         wrong = [reason for reason, holds in checks.items() if not holds]
         if wrong:
-            raise ValueError(f"knobs of train.py: {'; '.join(wrong)}")
+            raise PrepareError(f"the knobs in train.py are wrong: {'; '.join(wrong)}; correct them and run again")
 
 
-TIERS = {  # by torch's device type
-    "cuda": Knobs(),
-    "mps": Knobs(depth=4, width=256, head_dim=64, batch_tokens=2**15, micro_tokens=2**14, eval_tokens=2**15),
-    "cpu": Knobs(depth=4, width=128, head_dim=64, window_pattern="L", batch_tokens=2**13, micro_tokens=2**13,
-                 eval_tokens=2**14, muon_momentum_steps=100),
+TIERS = {  # by torch's device type: what differs from the table above
+    "cuda": dict(),
+    "mps": dict(depth=4, width=256, head_dim=64, batch_tokens=2**15, micro_tokens=2**14, eval_tokens=2**15),
+    "cpu": dict(depth=4, width=128, head_dim=64, window_pattern="L", batch_tokens=2**13, micro_tokens=2**13,
+                eval_tokens=2**14, muon_momentum_steps=100),
 }
 
 # == 2. MODEL ==========================================================================================================
@@ -569,7 +570,7 @@ def main():
     device, dtype = pick_device()
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
-    tokenizer, T, knobs = Tokenizer.from_directory(), prepare.MAX_SEQ_LEN, TIERS[device.type]
+    tokenizer, T, knobs = Tokenizer.from_directory(), prepare.MAX_SEQ_LEN, Knobs(**TIERS[device.type])
     vocab_size = tokenizer.get_vocab_size()
     compiler = pick_compiler(device)
     attention = pick_attention(device, dtype, knobs.head_dim, compiler)

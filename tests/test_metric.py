@@ -255,7 +255,7 @@ def tiny_gpt(dtype, depth=2):
     from dataclasses import replace
 
     import train
-    knobs = replace(train.TIERS["cpu"], depth=depth, width=32, head_dim=16, window_pattern="SL", value_gate_channels=8)
+    knobs = replace(train.Knobs(**train.TIERS["cpu"]), depth=depth, width=32, head_dim=16, window_pattern="SL", value_gate_channels=8)
     model = train.GPT(knobs, V, T, torch.device("cpu"), "sdpa", dtype)
     with torch.no_grad():  # the zeros of the first step would make causality vacuous
         for p in model.parameters():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import train
 
 CPU = torch.device("cpu")
-SMALL = replace(train.TIERS["cpu"], depth=3, width=32, head_dim=8, window_pattern="SSL", value_gate_channels=8)
+SMALL = replace(train.Knobs(**train.TIERS["cpu"]), depth=3, width=32, head_dim=8, window_pattern="SSL", value_gate_channels=8)
 
 
 def redrawn(model, seed=0):
@@ -120,7 +120,7 @@ def test_rope_turns_by_position_and_keeps_length():
 
 @pytest.fixture(scope="module")
 def reference():
-    return train.GPT(train.TIERS["cuda"], 8192, 2048, CPU, "sdpa", torch.bfloat16)
+    return train.GPT(train.Knobs(**train.TIERS["cuda"]), 8192, 2048, CPU, "sdpa", torch.bfloat16)
 
 
 def test_the_reference_has_its_numbers(reference):
@@ -130,7 +130,7 @@ def test_the_reference_has_its_numbers(reference):
     matrices = 8 * 12 * 512 * 512 + 4 * 4 * 32
     attention = 12 * 512 * (6 * 1024 + 2 * 2048)
     assert reference.flops_per_token() == 6 * (matrices + 512 * 8192) + attention
-    knobs = train.TIERS["cuda"]
+    knobs = train.Knobs(**train.TIERS["cuda"])
     assert (knobs.batch_tokens, knobs.micro_tokens // 2048, knobs.batch_tokens // knobs.micro_tokens) == (2**19, 128, 2)
 
 
@@ -166,8 +166,8 @@ def test_same_seed_same_weights():
                                     dict(batch_tokens=100, micro_tokens=64), dict(warmup=0.6, warmdown=0.6),
                                     dict(value_gate_channels=999), dict(head_dim=3, width=9)])
 def test_wrong_knobs_are_named(change):
-    with pytest.raises(ValueError, match="knobs of train.py"):
-        replace(train.TIERS["cpu"], **change)
+    with pytest.raises(train.PrepareError, match="knobs in train.py are wrong"):
+        replace(train.Knobs(**train.TIERS["cpu"]), **change)
 
 
 @pytest.mark.parametrize("name, tflops", [

@@ -8,7 +8,7 @@ import torch
 import train
 
 CPU = torch.device("cpu")
-KNOBS = replace(train.TIERS["cpu"], depth=2, width=32, head_dim=16, value_gate_channels=8)
+KNOBS = replace(train.Knobs(**train.TIERS["cpu"]), depth=2, width=32, head_dim=16, value_gate_channels=8)
 
 
 def model_and_grads(seed=0):
@@ -147,7 +147,7 @@ def test_an_orphan_or_shared_parameter_is_named():
 
 
 def test_rates_are_the_references():
-    model = train.GPT(train.TIERS["cuda"], 8192, 64, CPU)
+    model = train.GPT(train.Knobs(**train.TIERS["cuda"]), 8192, 64, CPU)
     groups = {tuple(g["params"][0].shape): g for g in train.make_optimizer(model).param_groups if g["kind"] == "muon"}
     assert {s: (g["lr"], len(g["params"])) for s, g in groups.items()} == {
         (512, 512): (0.04, 32), (2048, 512): (0.08, 8), (512, 2048): (0.04, 8), (4, 32): (0.04, 4)}

@@ -11,17 +11,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from zygote import run_script
 
 import train
 
 CPU = torch.device("cpu")
-KNOBS = replace(train.TIERS["cpu"], depth=2, width=32, head_dim=16, value_gate_channels=8)
+KNOBS = replace(train.Knobs(**train.TIERS["cpu"]), depth=2, width=32, head_dim=16, value_gate_channels=8)
 
 
 def test_learning_rate_golden():
-    k = train.TIERS["cuda"]
+    k = train.Knobs(**train.TIERS["cuda"])
     at = lambda *shares: [round(train.lr_scale(k, s), 6) for s in shares]
     assert at(0, 0.25, 0.5, 0.51, 0.75, 0.9, 0.99, 1.0, 1.3) == [1, 1, 1, 0.98, 0.5, 0.2, 0.02, 0, 0]
     k = replace(k, warmup=0.1, warmdown=0.4, final_lr=0.05)
@@ -30,7 +29,7 @@ def test_learning_rate_golden():
 
 def test_momentum_and_decay_golden():
     model = train.GPT(KNOBS, 60, 16, CPU)
-    optimizer, k = train.make_optimizer(model), train.TIERS["cuda"]
+    optimizer, k = train.make_optimizer(model), train.Knobs(**train.TIERS["cuda"])
     rates = lambda: [(round(g["lr"], 6), round(g["momentum"], 6), round(g["weight_decay"], 6))
                      for g in optimizer.param_groups if g["kind"] == "muon" and g["params"][0].shape == (128, 32)][0]
     for progress, step, wanted in ((0, 0, (0.08, 0.85, 0.2)), (0.25, 150, (0.08, 0.9, 0.15)), (0.5, 300, (0.08, 0.95, 0.1)),
@@ -106,8 +105,8 @@ def test_out_of_memory_halves_the_micro_batch(capsys):
 def test_small_gpus_start_with_a_micro_batch_that_fits(monkeypatch, gigabytes, rows):
     facts = type("Facts", (), {"total_memory": gigabytes * 10**9})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
-    assert train.fitting_rows(train.TIERS["cuda"], 2048, torch.device("cuda")) == (rows, rows)
-    assert train.fitting_rows(train.TIERS["cpu"], 2048, CPU) == (4, 8)
+    assert train.fitting_rows(train.Knobs(**train.TIERS["cuda"]), 2048, torch.device("cuda")) == (rows, rows)
+    assert train.fitting_rows(train.Knobs(**train.TIERS["cpu"]), 2048, CPU) == (4, 8)
 
 
 class Ticks:
@@ -237,5 +236,11 @@ def test_unprepared_is_one_sentence(project, tmp_path):
     assert re.fullmatch(r"FAIL: harness: nothing is prepared in .*; run: uv run prepare.py.*", text.strip().splitlines()[-1])
 
 
-def test_rows_of_train_are_those_of_the_file():
-    assert (ROOT / "train.py").read_text().count("guard(main)") == 1
+def test_a_wrong_knob_is_one_sentence(project, small_home, tmp_path):
+    text = (project / "train.py").read_text()
+    (project / "train.py").write_text(text.replace("width=128, head_dim=64", "width=100, head_dim=64"))
+    log = project / "run.log"
+    assert run_script("train.py", project, environment(small_home, tmp_path), log) == 1
+    said = log.read_text().strip().splitlines()[-1]
+    assert said.startswith("FAIL: harness: the knobs in train.py are wrong: width is not a multiple of head_dim")
+    assert "Traceback" not in log.read_text()

@@ -28,7 +28,7 @@ def effects(text):
         if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):
             return
         if isinstance(node, ast.Call) and not re.fullmatch(
-                r"dataclass|Path|Path\(__file__\)\.resolve|time\.monotonic|_whole|range|torch\.no_grad|Clock|Knobs", ast.unparse(node.func)):
+                r"dataclass|Path|Path\(__file__\)\.resolve|time\.monotonic|_whole|range|dict|torch\.no_grad|Clock|Knobs", ast.unparse(node.func)):
             found.append(ast.unparse(node))
         if isinstance(node, (ast.With, ast.For, ast.While)):
             found.append(ast.unparse(node))
