@@ -74,7 +74,7 @@ DEFECTS = [  # what, file, sound text, defective text, the tests that must see i
     ("torn runs.jsonl", "prepare.py", 'b"\\n" * bool(torn) + ', "", "guard"),
     ("hash not checked", "prepare.py", "or sha and digest.hexdigest() != sha[1]", "", "download"),
     ("size not checked", "prepare.py", "if size and got != size or sha", "if sha", "download"),
-    ("half file under its name", "prepare.py", 'part = path.with_name(path.name + ".part")', "part = path", "download"),
+    ("half file under its name", "prepare.py", 'part = path.with_name(path.name + ".part")\n    for wait', "part = path\n    for wait", "download"),
     ("refusals retried", "prepare.py", "_require(reply.ok, f", "reply.raise_for_status(); _require(True, f", "download"),
     ("meta written first", "prepare.py", '        (folder / "meta.json").unlink(missing_ok=True)\n', "", "data"),
     ("damage unnoticed", "prepare.py", "_sha256(path) == facts[\"sha256\"])", "True)", "data"),
