@@ -242,7 +242,7 @@ def _python_files():
     return [(identity, path) for identity, path in found if not left_out.search(identity)]
 
 def _python_corpus(seq_len):
-    total, seen, parts = 0, {}, []  # parts: (hash, (identity of the file, text)); sorted, the files are intermixed
+    total, seen, parts = 0, {}, []  # parts: (hash, (identity of the file, text))
     for identity, path in sorted(_python_files(), key=lambda item: _hash(item[0])):
         try: text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError): continue
@@ -252,7 +252,8 @@ def _python_corpus(seq_len):
                 break
             seen[digest] = identity
             parts += [(_hash(f"{identity}#{n}"), (identity, part)) for n, part in enumerate(_cut(text, seq_len))]
-    return _hash(json.dumps(seen)), [f"{len(seen)} files"], _by_hash(lambda: (part for _, part in sorted(parts)))
+    parts.sort()  # the pieces of all files are intermixed
+    return _hash(json.dumps(seen)), [f"{len(seen)} files"], _by_hash(lambda: (part for _, part in parts))
 
 def _local_corpus(folder, seq_len):
     root = Path(folder or "").expanduser()

@@ -19,7 +19,6 @@ import contextlib
 import random
 import re
 import sys
-import time
 from dataclasses import dataclass
 
 import numpy as np
