@@ -3,11 +3,12 @@
     uv run prepare.py [--dataset climbmix|tinystories|python|local [--path DIR]] [--check]
 
 train.py imports the names in __all__ and nothing else. Rooms, each using only those above it: 1 CONSTANTS, 2 PLACES,
-3 DOWNLOAD, 4 CORPORA, 5 TOKENIZER, 6 PREPARATION, 7 CLOCK, 8 PACKING, 9 METRIC, 10 SUMMARY, 11 GUARD, 12 COMMANDS.
+3 DOWNLOAD, 4 CORPORA, 5 TOKENIZER, 6 PREPARATION, 7 CLOCK, 8 PACKING, 9 METRIC, 10 VERDICT, 11 SUMMARY, 12 GUARD,
+13 COMMANDS.
 """
 
 import argparse, bisect, ctypes, errno, fcntl, hashlib, inspect, itertools, json, math, os, platform, re, shutil, signal
-import subprocess, sys, sysconfig, tempfile, threading, time, traceback
+import statistics, subprocess, sys, sysconfig, tempfile, threading, time, traceback
 from array import array
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
@@ -49,37 +50,29 @@ BACKOFF = (1, 2, 4, 8, 16)  # seconds before each new try of a download
 
 class PrepareError(Exception):
     """A mistake of the user or the machine, in a sentence that says what to run."""
-    kind = "harness"  # of its FAIL line
+    def __init__(self, message, kind="harness"):  # kind: of its FAIL line
+        super().__init__(message)
+        self.kind = kind
 
 def _require(condition, message, kind="harness"):
-    if not condition:
-        error = PrepareError(message)
-        error.kind = kind
-        raise error
+    if not condition: raise PrepareError(message, kind)
 
 # == 2. PLACES =========================================================================================================
-def _home():
-    return Path(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch").expanduser()
-
+def _home(): return Path(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch").expanduser()
 def _write_atomic(path, text):
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
-def _hash(text):
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
+def _hash(text): return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 def _lock(path):
     """(open file, whether its flock is ours); the lock is held until the file is closed, at the latest by our end."""
     file = open(path, "a+")
-    try:
-        return file, fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
-    except BlockingIOError:
-        return file, False
+    try: return file, fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
+    except BlockingIOError: return file, False
 
 def _prepared(name=None, deep=False):
     """(folder, meta) of a prepared dataset; name: AUTORESEARCH_DATASET, else the last one prepared; deep: hash it."""
@@ -95,10 +88,8 @@ def _prepared(name=None, deep=False):
             same = path.stat().st_size == facts["bytes"] and (not deep or _sha256(path) == facts["sha256"])
             _require(same, f"{path} has changed since it was prepared; {redo}")
         return folder, meta
-    except OSError:
-        raise PrepareError(f"dataset {name} is not prepared in {_home()}; {redo}") from None
-    except (ValueError, KeyError, TypeError):
-        raise PrepareError(f"{folder / 'meta.json'} is damaged; {redo}") from None
+    except OSError: raise PrepareError(f"dataset {name} is not prepared in {_home()}; {redo}") from None
+    except (ValueError, KeyError, TypeError): raise PrepareError(f"{folder / 'meta.json'} is damaged; {redo}") from None
 
 def __getattr__(name):  # resolved on first use, so that importing this file touches no other
     if name in ("MAX_SEQ_LEN", "EVAL_TOKENS"):
@@ -106,8 +97,7 @@ def __getattr__(name):  # resolved on first use, so that importing this file tou
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 def _meter(label):
-    """A thread-safe function to call with bytes done, or with sizes of files begun: a live line on a terminal, in a
-    file a line every 10 seconds."""
+    """A thread-safe function of bytes done, or sizes of files begun: a live line, or in a file one every 10 seconds."""
     done, shown, sizes, lock, live = 0, time.monotonic(), {}, threading.Lock(), sys.stdout.isatty()
     def add(amount, last=False, **begun):
         nonlocal done, shown
@@ -122,8 +112,7 @@ def _meter(label):
 def _open_parquet(path):
     """The pyarrow file of a shard that has a text column."""
     import pyarrow as pa, pyarrow.parquet as pq  # here: research runs read no parquet and start faster without
-    try:
-        file = pq.ParquetFile(path)
+    try: file = pq.ParquetFile(path)
     except pa.ArrowInvalid:
         raise PrepareError(f"{path} is no whole parquet file; replace it and run this again") from None
     columns = dict(zip(file.schema_arrow.names, map(str, file.schema_arrow.types)))
@@ -133,9 +122,8 @@ def _open_parquet(path):
 def _fetch(url, path, meter, stop):
     """Downloads url; path appears only when whole and verified. Returns True if there was a SHA-256 to check."""
     import requests
-    headers = {"Accept-Encoding": "identity", "User-Agent": "autoresearch"}
-    if os.environ.get("HF_TOKEN"):
-        headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"  # requests drops it on the way to another host
+    headers, token = {"Accept-Encoding": "identity", "User-Agent": "autoresearch"}, os.environ.get("HF_TOKEN")
+    headers |= {"Authorization": f"Bearer {token}"} if token else {}  # requests drops it on the way to another host
     part = path.with_name(path.name + ".part")
     for wait in (*BACKOFF, None):
         digest, got = hashlib.sha256(), 0
@@ -161,11 +149,9 @@ def _fetch(url, path, meter, stop):
             return bool(sha)
         except OSError as error:  # requests' exceptions are OSErrors too
             meter(-got)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
-                raise  # for main() to say
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES): raise  # for main() to say
             reason = error
-        finally:
-            part.unlink(missing_ok=True)
+        finally: part.unlink(missing_ok=True)
         if wait is None or stop.wait(wait):
             raise PrepareError(f"{url} could not be downloaded ({reason}); run this again to go on where it stopped")
 
@@ -185,13 +171,11 @@ def _download(repository, names, folder, workers):
         stop.set()
         pool.shutdown(wait=not isinstance(sys.exc_info()[1], KeyboardInterrupt), cancel_futures=True)
     meter(0, last=True)
-    if unverified:
-        print(f"{unverified} files came without a SHA-256 header: checked by size and by opening them", flush=True)
+    if unverified: print(f"{unverified} files came without a SHA-256 header: checked by size and by opening them")
 
 # == 4. CORPORA ========================================================================================================
 # A corpus is (source, shards, groups): a hash that changes with its content, names of its files, and groups(split),
 # which yields row groups: lists of documents (str).
-
 def _by_hash(documents):
     """groups(split) for documents() -> (key, text) pairs, of which the hash of the key says the split."""
     split_of = lambda key: {0: "val", 1: "audit"}.get(int(_hash(key)[:8], 16) % HELD_OUT, "train")
@@ -209,8 +193,7 @@ def _row_groups(segments):
             lo, hi, row = max(first - row, 0), min(end - row, count), row + count
             if lo < hi:
                 texts = file.read_row_group(index, columns=["text"]).column("text").slice(lo, hi - lo)
-                try:
-                    yield [text for text in texts.to_pylist() if text is not None]
+                try: yield [text for text in texts.to_pylist() if text is not None]
                 except UnicodeDecodeError:
                     raise PrepareError(f"{path} holds text that is not UTF-8; convert it and run this again") from None
 
@@ -223,8 +206,7 @@ def _cut(text, seq_len):
             yield part
             part = ""
         part += line
-    if part:
-        yield part
+    if part: yield part
 
 def _python_files():
     """(identity, path) of the standard library's and the installed runtime packages' .py files, without test suites."""
@@ -248,8 +230,7 @@ def _python_corpus(seq_len):
         except (OSError, UnicodeDecodeError): continue
         if text.strip() and (digest := _hash(text)) not in seen:
             total += len(text)
-            if total > PYTHON_CHARS:
-                break
+            if total > PYTHON_CHARS: break
             seen[digest] = identity
             parts += [(_hash(f"{identity}#{n}"), (identity, part)) for n, part in enumerate(_cut(text, seq_len))]
     parts.sort()  # the pieces of all files are intermixed
@@ -270,11 +251,9 @@ def _local_corpus(folder, seq_len):
         parts = {"train": segments[:-2], "audit": segments[-2:-1], "val": segments[-1:]}
         return source, shards, lambda split: _row_groups(parts[split])
     def documents():
-        for text in itertools.chain.from_iterable(_row_groups(segments)):
-            yield text, text
+        for text in itertools.chain.from_iterable(_row_groups(segments)): yield text, text
         for path in () if parquet else used:
-            try:
-                yield from ((text, text) for text in _cut(path.read_text(encoding="utf-8"), seq_len))
+            try: yield from ((text, text) for text in _cut(path.read_text(encoding="utf-8"), seq_len))
             except UnicodeDecodeError:
                 raise PrepareError(f"{path} is not UTF-8 text; convert or remove it and run this again") from None
     return source, shards, _by_hash(documents)
@@ -307,8 +286,7 @@ def _train_tokenizer(groups, vocab_size):
             text = text[:min(TOKENIZER_DOC_CHARS, left)]
             left -= len(text)
             yield text
-            if not left:
-                return
+            if not left: return
     bpe, wanted = rustbpe.Tokenizer(), vocab_size - len(SPECIAL_TOKENS)
     bpe.train_from_iterator(texts(), wanted, pattern=SPLIT_PATTERN)
     tokens = [bytes(token) for token, _ in sorted(bpe.get_mergeable_ranks(), key=lambda item: item[1])]
@@ -342,8 +320,7 @@ class Tokenizer:
         """Ids of a string, or a list of ids a string of a list; prepend: an id or the name of a special token."""
         prepend = self.enc.encode_single_token(prepend) if isinstance(prepend, str) else prepend
         first = [] if prepend is None else [prepend]
-        if isinstance(text, str):
-            return first + self.enc.encode_ordinary(text)
+        if isinstance(text, str): return first + self.enc.encode_ordinary(text)
         return [first + ids for ids in self.enc.encode_ordinary_batch(text, num_threads=num_threads)]
     def decode(self, ids): return self.enc.decode(ids)
     def token_bytes(self):  # -> (vocab,) int64
@@ -357,6 +334,7 @@ def prepare(args):
     """Downloads, trains the tokenizer, encodes every split once. Files take their names only when all are whole, and
     meta.json, without which nothing counts as prepared, comes last: a run killed anywhere and started again ends in
     the same bytes. Raises PrepareError."""
+    args.dataset = args.dataset or "climbmix"
     _, vocab_size, seq_len, eval_tokens = PRESETS[args.dataset]
     vocab_size, seq_len = args.vocab_size or vocab_size, args.seq_len or seq_len
     eval_tokens, least = args.eval_tokens or eval_tokens, 257 + len(SPECIAL_TOKENS)
@@ -375,12 +353,10 @@ def prepare(args):
         try:
             meta = _prepared(args.dataset, deep=True)[1]
             done = all(meta[key] == value for key, value in wanted.items())
-        except PrepareError:
-            done = False
+        except PrepareError: done = False
         if not done:
             meta = _build(folder, groups, {"format": FORMAT, "dataset": args.dataset, **wanted, "shards": shards})
-        if not current.is_file() or current.read_text() != args.dataset:
-            _write_atomic(current, args.dataset)
+        if not current.is_file() or current.read_text() != args.dataset: _write_atomic(current, args.dataset)
     print("already prepared; nothing to do" if done else "prepared")
     _describe(folder, meta)
 
@@ -396,9 +372,8 @@ def _build(folder, groups, meta):
         tokenizer, meter = Tokenizer.from_directory(building), _meter("encoded")
         splits = {split: _encode_split(tokenizer, groups(split), building, split, meter) for split in SPLITS}
         meter(0, last=True)
-        facts = lambda path: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        T, facts = meta["seq_len"], lambda path: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         files = {path.name: facts(path) for path in sorted(building.iterdir())}
-        T = meta["seq_len"]
         rows = {split: splits[split]["tokens"] // (T + 1) for split in SPLITS}
         fits = min(rows["val"] * 3 // 4, LOCAL_EVAL_TOKENS // T) * T  # a quarter is left for what packing crops
         wanted = meta["eval_tokens_asked"] or max(fits, T)
@@ -406,12 +381,10 @@ def _build(folder, groups, meta):
                  f"val needs {wanted // T}; add text, or lower --eval-tokens or --seq-len")
         meta = {**meta, "eval_tokens": wanted, "splits": splits, "files": files}
         (folder / "meta.json").unlink(missing_ok=True)
-        for name in files:
-            os.replace(building / name, folder / name)
+        for name in files: os.replace(building / name, folder / name)
         _write_atomic(folder / "meta.json", json.dumps(meta, indent=1))
         return meta
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    finally: shutil.rmtree(building, ignore_errors=True)
 
 def _encode_split(tokenizer, groups, folder, split, meter):
     """Writes <split>.tokens (uint16, each document BOS + its tokens), <split>.docs (uint32, tokens of each document)
@@ -436,11 +409,10 @@ def fingerprint(meta):
 
 def _describe(folder, meta):
     shards, tokens = meta["shards"], ", ".join(f"{split} {meta['splits'][split]['tokens']:,}" for split in SPLITS)
-    several = f" ... {shards[-1]}, {len(shards)} in all" if len(shards) > 1 else ""
-    facts = {"dataset": f"{meta['dataset']} in {folder}", "shards": shards[0] + several,
-             "tokens": f"{tokens}; {meta['eval_tokens']:,} of val scored", "fingerprint": fingerprint(meta),
-             "vocab": f"{meta['vocab_size']}, rows of T = {meta['seq_len']}"}
-    print("\n".join(f"{key + ':':<12} {value}" for key, value in facts.items()), flush=True)
+    several = f" ... {shards[-1]}, {len(shards)} in all" * (len(shards) > 1)
+    print(f"dataset:     {meta['dataset']} in {folder}\nshards:      {shards[0]}{several}\n"
+          f"tokens:      {tokens}; {meta['eval_tokens']:,} of val scored\nfingerprint: {fingerprint(meta)}\n"
+          f"vocab:       {meta['vocab_size']}, rows of T = {meta['seq_len']}", flush=True)
 
 # == 7. CLOCK ==========================================================================================================
 class Clock:
@@ -457,8 +429,7 @@ class Clock:
     def tick(self, now=None):
         """To be called at the end of every step; returns elapsed(). A step that ends late does not excuse itself."""
         elapsed = self.elapsed(now)
-        if elapsed <= self.budget:
-            self.longest = max(self.longest, elapsed - self.last)
+        if elapsed <= self.budget: self.longest = max(self.longest, elapsed - self.last)
         self.last = elapsed
         return elapsed
     def overrun(self):
@@ -494,8 +465,7 @@ def plan_rows(lengths, batches, capacity, buffer_size=1000):
                 keys.sort()
                 arrived += count
             at = bisect.bisect_right(keys, room << 40 | ARRIVAL) - 1
-            if at < 0:  # none fits whole: the shortest is cropped
-                at = bisect.bisect_right(keys, keys[0] | ARRIVAL) - 1
+            if at < 0: at = bisect.bisect_right(keys, keys[0] | ARRIVAL) - 1  # none fits whole: the shortest is cropped
             key = keys.pop(at)
             documents.append((ARRIVAL - (key & ARRIVAL)) % len(lengths))
             takes.append(min(key >> 40, room))
@@ -624,8 +594,7 @@ def evaluate_bpb(model, tokenizer, batch_size):
     model that sees the future or its neighbours, learns while it is judged, or returns NaN or another shape."""
     parameters = getattr(model, "parameters", lambda: ())()
     device, first = next((p.device for p in parameters), torch.device(_default_device())), clock.stopped is None
-    if first:
-        _synchronize(device), clock.stop()
+    if first: _synchronize(device), clock.stop()
     training = getattr(model, "training", False)
     training and model.eval()
     try:
@@ -637,23 +606,68 @@ def evaluate_bpb(model, tokenizer, batch_size):
     finally:
         training and model.train()
 
-# == 10. SUMMARY =======================================================================================================
+# == 10. VERDICT =======================================================================================================
 HERE = Path(__file__).resolve().parent
+STUDENT = (6.31, 2.92, 2.35, 2.13, 2.02)  # t, one-sided 95 %, for 1 to 5 degrees of freedom; 2.0 for more
+ENOUGH = 3  # seeds of one file after which it is kept or not
+ROW = r"(?i)([0-9a-f]{7})[0-9a-f]*\t(nan|[\d.]+)\t[\d.]+\t(keep|discard|crash)\t"  # of results.tsv, up to its text
 
+def judge(runs, statuses):
+    """(verdict, the numbers behind it) on the last of runs: comparable records of runs.jsonl, oldest first. statuses:
+    the last word of results.tsv on each commit. Student's t-test on means over seeds, with one deviation for all."""
+    run, files, seeds = runs[-1], {}, {}  # files, by commit: the score of each seed; commits of one file share it
+    for each in runs:
+        files[each["commit"]] = seeds.setdefault(each["train_sha256"], {})
+        files[each["commit"]].setdefault(each["seed"], each["val_bpb"])  # a repeated seed counts once
+    mean, mine = lambda commit: statistics.fmean(files[commit].values()), files[run["commit"]]
+    pools = [list(scores.values()) for scores in seeds.values() if len(scores) > 1]
+    df = sum(len(pool) - 1 for pool in pools)
+    sd = math.sqrt(sum(statistics.variance(pool) * (len(pool) - 1) for pool in pools) / max(df, 1))
+    same = [each for each in runs[:-1] if each["train_sha256"] == run["train_sha256"]
+            and (each["commit"] != run["commit"] or each["seed"] == run["seed"])]
+    noise = "; ".join([f"noise sd {sd:.6f}, df {df}" if df else "noise unknown",
+                       *(f"same file as {each['commit']}: {each['val_bpb']:.6f}" for each in same[:1])])
+    after = f"next SEED={next(seed for seed in itertools.count(42) if seed not in mine)}; " * (len(mine) < ENOUGH)
+    kept = [commit for commit in files if statuses.get(commit) == "keep" and commit != run["commit"]]
+    if not kept:
+        return "baseline", f"{after}mean {mean(run['commit']):.6f} of {len(mine)} seeds; {noise}"
+    best = min(kept, key=mean)
+    gain, t = mean(best) - mean(run["commit"]), STUDENT[df - 1] if 0 < df <= len(STUDENT) else 2.0
+    need = t * sd * math.sqrt(1 / len(mine) + 1 / len(files[best]))
+    word = "none" if not df else "keep" if gain > need else "rerun" if gain > 0 and after else "discard"
+    todo = {"rerun": after, "none": f"run {best} with another SEED first; "}.get(word, "")
+    return word, (f"{todo}gain {gain:+.6f} on {best}, {mean(best):.6f}; clear above {need:.6f} with {len(mine)} and "
+                  f"{len(files[best])} seeds; {noise}")
+
+def _verdict(record):
+    """The verdict on record, just written to runs.jsonl, as one line. Names the rows of results.tsv it cannot read."""
+    runs, statuses, lines = [], {}, lambda name: (HERE / name).read_text("utf-8", "replace").split("\n")
+    for line in lines("runs.jsonl"):
+        try:
+            run = json.loads(line)
+            same = all(run[key] == record[key] for key in ("harness", "device", "why_not")) and run["val_bpb"] > 0
+            runs += [run] if same else []
+        except (ValueError, KeyError, TypeError): pass  # a line torn by a kill
+    for number, line in enumerate(lines("results.tsv") if (HERE / "results.tsv").is_file() else (), 1):
+        if row := re.match(ROW, line): statuses[row[1].lower()] = row[3].lower()
+        elif line.strip() and not line.startswith("commit\t"):
+            print(f"results.tsv: line {number} is skipped: not commit, val_bpb, memory_gb, status, text between tabs")
+    return "{} ({})".format(*judge(runs, statuses))
+
+# == 11. SUMMARY =======================================================================================================
 def _git(*words):
     try: return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return None
 
 def _device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+    if device.type == "cuda": return torch.cuda.get_device_name(device)
+    model = re.search(r"model name\s*:\s*(.+)", info.read_text() if (info := Path("/proc/cpuinfo")).is_file() else "")
     return f"{device.type} ({model[1].strip() if model else platform.machine()}, {os.cpu_count()} cores)"
 
 def _why_not():
     """Why this run's score may not be compared with others; empty where it may."""
-    reasons = {f"the budget was overrun by {clock.overrun():.1f} s": clock.overrun() > 0,
+    reasons = {"train.py is in no commit; commit it first": not _Run.commit or _Run.dirty,
+               f"the budget was overrun by {clock.overrun():.1f} s": clock.overrun() > 0,
                "no training batch was drawn": clock.started is None,
                f"the seed was not the harness's: call torch.manual_seed(SEED), here {SEED}": not _Run.seed_ok,
                "validation rows were drawn before the score": _Run.val_drawn,
@@ -668,7 +682,8 @@ def print_summary(num_steps, total_tokens, num_params, depth, mfu=None, attentio
     meta, device, run, audit = _prepared()[1], _Run.device, _Run, os.environ.get("AUDIT") == "1"
     record = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": run.commit, "dirty": run.dirty,
               "train_sha256": run.train_sha256, "seed": SEED, "val_bpb": round(run.score, 6), "audit_bpb": run.audit,
-              "seconds": round(clock.elapsed(), 1), "harness": fingerprint(meta), "device": _device_name(device),
+              "startup": clock.started and round(clock.started - STARTED, 1), "seconds": round(clock.elapsed(), 1),
+              "tokens": total_tokens, "harness": fingerprint(meta), "device": _device_name(device),
               "why_not": _why_not()}
     lines = {
         "val_bpb": f"{run.score:.6f}", "training_seconds": f"{clock.elapsed():.1f}",
@@ -678,40 +693,35 @@ def print_summary(num_steps, total_tokens, num_params, depth, mfu=None, attentio
         "num_steps": num_steps, "num_params_M": f"{num_params / 1e6:.1f}", "depth": depth,
         "epochs": f"{run.rows * (meta['seq_len'] + 1) / meta['splits']['train']['tokens']:.2f}", "attention": attention,
         "tier": tier, "seed": SEED, "dataset": meta["dataset"], **{key: record[key] for key in ("device", "harness")},
-        **({"audit_bpb": f"{run.audit:.6f}" if run.audit else "n/a"} if audit else {}),
-        "verdict": f"none ({record['why_not'] or 'runs are not compared yet'})"}
+        **({"audit_bpb": f"{run.audit:.6f}" if run.audit else "n/a"} if audit else {})}
     with open(HERE / "runs.jsonl", "ab+") as file:  # one write; a line that a kill left unfinished is closed first
         torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
         file.write(b"\n" * bool(torn) + json.dumps(record).encode() + b"\n")
+    lines["verdict"] = f"none ({record['why_not']})" if record["why_not"] else _verdict(record)
     print("---\n" + "\n".join(f"{key + ':':<17} {value}" for key, value in lines.items()), flush=True)
 
-# == 11. GUARD =========================================================================================================
+# == 12. GUARD =========================================================================================================
 def _watch(pid, seconds, line):
     """Runs in a process of its own, from its source text: ends process `pid` and all its descendants after `seconds`
     and says so. It signals single processes, never a group, which the caller's shell may share."""
-    import contextlib, os, signal, subprocess, time
+    import contextlib, os, re, signal, subprocess, time
     def kill(target, number):
-        with contextlib.suppress(OSError):
-            os.kill(int(target), number)
-    def parents():  # pid: parent's pid, of every process
-        if not os.path.isdir("/proc/self"):
-            return dict(row.split() for row in subprocess.getoutput("ps -Ao pid=,ppid=").splitlines())
-        found = {}
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:  # it may have just ended
-                found[name] = file.read().rpartition(")")[2].split()[1]
-        return found
+        with contextlib.suppress(OSError): os.kill(int(target), number)
+    def parents():  # pid: parent's pid, of every process: "7 (name) S 1 ..." from Linux, "7 1" from ps elsewhere
+        command = "cat /proc/[0-9]*/stat 2> /dev/null || ps -Ao pid=,ppid="  # Latin-1 below decodes any name
+        table = subprocess.run(command, shell=True, stdout=subprocess.PIPE, encoding="latin-1").stdout
+        return dict(re.findall(r"(?m)^ *(\d+)(?: \(.*\) \w)? +(\d+)", table))
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(0.2)
-        if os.getppid() != pid: return  # the run is over
+        if os.getppid() != pid:  # it died in a way that guard() could not see
+            os.write(1, b"\nFAIL: error: train.py was killed or crashed outside Python; run it again\n")
+            return
     kill(pid, signal.SIGSTOP)  # it starts nothing more
     for _ in range(10):  # again, for what was being started meanwhile
         table, tree, me = parents(), {str(pid)}, str(os.getpid())
-        while grown := {p for p, of in table.items() if of in tree and me not in (p, of)} - tree:
-            tree |= grown
-        for target in tree - {str(pid)}:
-            kill(target, signal.SIGKILL)
+        while grown := {p for p, of in table.items() if of in tree and me not in (p, of)} - tree: tree |= grown
+        for target in tree - {str(pid)}: kill(target, signal.SIGKILL)
         time.sleep(0.05)
     os.write(1, f"\n{line}\n".encode())
     kill(pid, signal.SIGKILL)
@@ -722,7 +732,8 @@ def _begin():
         _require(text.isdecimal() and TIME_BUDGET, f"{name} is {text!r}; give a whole number or unset it")
     script, key = Path(sys.modules["__main__"].__file__).resolve(), "cpu"
     _Run.guarded, _Run.train_sha256 = True, hashlib.sha256(script.read_bytes()).hexdigest()[:16]
-    _Run.commit, _Run.dirty = _git("rev-parse", "--short=7", "HEAD"), bool(_git("status", "--porcelain", str(script)))
+    commit, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain", str(script))
+    _Run.commit, _Run.dirty = commit and commit[:7], bool(changed)
     if TIME_BUDGET != 300:
         print(f"budget: {TIME_BUDGET} s instead of 300; the score compares only with runs of this budget", flush=True)
     if torch.cuda.is_available():
@@ -743,51 +754,41 @@ def guard(train, grace=GRACE):
     if sys.platform == "linux":  # PR_SET_CHILD_SUBREAPER: orphaned descendants become ours, so that the tree is whole
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     code = f"{inspect.getsource(_watch)}\n_watch({os.getpid()}, {limit - (time.monotonic() - STARTED)}, {line!r})"
-    command = [sys.executable, "-I", "-S", "-c", code]
-    watchdog = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    watchdog = subprocess.Popen([sys.executable, "-ISc", code], stdin=subprocess.DEVNULL, start_new_session=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("SIGTERM"))
     try:
         lock = _begin()  # held while this frame lives
         train()
         _require(_Run.score is not None, "train.py ended without a score; call evaluate_bpb and print_summary", "error")
-    except PrepareError as error:
-        kind, said = error.kind, str(error)
-    except FloatingPointError as error:
-        kind, said = "nan", f"{error}; lower a learning rate and run again"
+    except PrepareError as error: kind, said = error.kind, str(error)
+    except FloatingPointError as error: kind, said = "nan", f"{error}; lower a learning rate and run again"
     except (torch.OutOfMemoryError, MemoryError) as error:
         kind, said = "oom", f"{str(error).split('. ')[0]}; lower the micro-batch or the model and run again"
-    except (KeyboardInterrupt, SystemExit) as error:
-        said = f"ended early ({type(error).__name__} {error}); run it again"
+    except (KeyboardInterrupt, SystemExit) as end: said = f"ended early ({type(end).__name__} {end}); run it again"
     except BaseException as error:
         traceback.print_exc()
         said = f"{type(error).__name__}: {error}; the traceback above says where"
-    watchdog.kill()
-    watchdog.wait()
+    watchdog.kill(), watchdog.wait()
     if said:
         sys.stderr.flush()
         print(f"\nFAIL: {kind}: {' '.join(said.split())}", flush=True)
     sys.exit(1 if said else 0)
 
-# == 12. COMMANDS ======================================================================================================
+# == 13. COMMANDS ======================================================================================================
 def main():
     parser = argparse.ArgumentParser(description="Prepares data for train.py: download, tokenizer, token files.")
     parser.error = lambda message: sys.exit(f"error: {message}; run: uv run prepare.py --help")
     parser.add_argument("--dataset", choices=list(PRESETS), help="climbmix unless given; python needs no network")
     parser.add_argument("--path", metavar="DIR", help="folder of .parquet (text column) or .txt/.md files, for local")
-    for name, default, text in (("num-shards", 10, "training shards of climbmix (10; -1 for all)"),
-                                ("download-workers", 8, "downloads at a time (8)"), ("vocab-size", None, "vocabulary"),
-                                ("seq-len", None, "context length T"), ("eval-tokens", None, "tokens scored")):
+    for name, default, text in (
+            ("num-shards", 10, "training shards of climbmix (10; -1 for all)"), ("vocab-size", None, "vocabulary"),
+            ("download-workers", 8, "at a time (8)"), ("seq-len", None, "length T"), ("eval-tokens", None, "to score")):
         parser.add_argument(f"--{name}", type=int, metavar="N", default=default, help=text)
     parser.add_argument("--check", action="store_true", help="say what is prepared and change nothing")
     try:
         args = parser.parse_args()
-        if args.check:
-            _describe(*_prepared(args.dataset, deep=True))
-        else:
-            args.dataset = args.dataset or "climbmix"
-            prepare(args)
-    except PrepareError as error:
-        sys.exit(f"error: {error}")
+        _describe(*_prepared(args.dataset, deep=True)) if args.check else prepare(args)
+    except PrepareError as error: sys.exit(f"error: {error}")
     except OSError as error:
         full = "the disk is full: " * (error.errno in (errno.ENOSPC, errno.EDQUOT))
         sys.exit(f"error: {full}{error}; free some room or set AUTORESEARCH_HOME, then run this again")

@@ -577,7 +577,7 @@ def main():
     optimizer = make_optimizer(model, compiler)
     num_params = sum(p.numel() for p in model.parameters())
     print(f"{device.type} tier: depth {knobs.depth}, width {knobs.width}, {num_params / 1e6:.1f}M parameters, "
-          f"{knobs.batch_tokens:,} tokens a step, {attention}, {str(dtype).split('.')[1]}; warming up", flush=True)
+          f"{knobs.batch_tokens:,} tokens a step, {attention}, {str(dtype)[6:]}, seed {SEED}; warming up", flush=True)
 
     forward = compiler(model)
     rows, eval_rows = fitting_rows(knobs, T, device)

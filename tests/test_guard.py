@@ -85,9 +85,11 @@ def test_time_that_was_never_ticked_is_an_overrun():
 
 @pytest.fixture
 def run(project, small_home, tmp_path):
-    def go(body, budget=1, grace=30, wait=True, head=HEAD, **env):
+    def go(body, budget=1, grace=30, wait=True, head=HEAD, commit=False, **env):
         text = head + textwrap.dedent(body) + f"\nif __name__ == '__main__':\n    guard(main, grace={grace})\n"
         (project / "train.py").write_text(text)
+        if commit:
+            subprocess.run(["git", "commit", "-qam", "an idea"], cwd=project, check=True)
         (tmp_path / "locks").mkdir(exist_ok=True)
         full = {**os.environ, "AUTORESEARCH_HOME": str(small_home), "TIME_BUDGET": str(budget), "TMPDIR": str(tmp_path / "locks"),
                 **env}
@@ -108,22 +110,22 @@ def block(log):
 
 
 def test_a_run_that_ends_well(run, project):
-    status, log = run("def main(): finish(*train())")
+    status, log = run("def main(): finish(*train())", commit=True)
     assert status == 0, log
     values = block(log)
     assert list(values) == NINE + REST + ["verdict"]
     assert re.search(r"^---\nval_bpb:          \d+\.\d{6}\ntraining_seconds: 0\.\d\ntotal_seconds:    \d+\.\d\n"
                      r"peak_vram_mb:     n/a\nmfu_percent:      n/a\ntotal_tokens_M:   12\.3\nnum_steps:        7\n"
                      r"num_params_M:     50\.3\ndepth:            8\n", log, re.M)
-    assert values["seed"] == "42" and values["dataset"] == "local" and values["verdict"].startswith("none")
+    assert values["seed"] == "42" and values["dataset"] == "local" and values["verdict"].startswith("baseline (next SEED=43; ")
     record, = map(json.loads, (project / "runs.jsonl").read_text().splitlines())
     commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=project, capture_output=True, text=True).stdout.strip()
-    assert record["commit"] == commit and record["dirty"] and record["seed"] == 42 and record["why_not"] == ""
+    assert record["commit"] == commit and not record["dirty"] and record["seed"] == 42 and record["why_not"] == ""
     assert f"{record['val_bpb']:.6f}" == values["val_bpb"] and record["harness"] == values["harness"]
     assert record["device"] == values["device"] and 0.1 < record["seconds"] < 2
     assert "budget: 1 s instead of 300" in log
     git = subprocess.run(["git", "status", "--porcelain"], cwd=project, capture_output=True, text=True).stdout
-    assert git == " M train.py\n"  # this test's own doing; use leaves nothing
+    assert git == ""  # use leaves nothing
 
 
 def test_runs_jsonl_survives_a_torn_line(run, project):
@@ -159,7 +161,7 @@ def test_a_run_that_may_not_be_compared_says_why(run, project, body, reason):
 
 def test_seed_comes_from_the_environment(run):
     status, log = run("def main(): finish(*train())", SEED="43")
-    assert block(log)["seed"] == "43" and "seed" not in block(log)["verdict"]
+    assert block(log)["seed"] == "43" and block(log)["verdict"] == "none (train.py is in no commit; commit it first)"
 
 
 @pytest.mark.parametrize("body, kind, said", [
@@ -208,6 +210,16 @@ def test_device_is_taken_once(run, project):
     first.kill()
     first.wait()
     assert run("def main(): finish(*train())")[0] == 0  # the lock went with its holder
+
+
+@pytest.mark.parametrize("death", ["os.kill(os.getpid(), 9)", "os._exit(3)"])
+def test_a_death_that_python_cannot_see_is_a_failed_run(run, project, death):
+    process = run(f"def main(): {death}", wait=False)
+    process.wait(timeout=30)
+    until = time.monotonic() + 5
+    while "FAIL" not in (project / "run.log").read_text() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert last((project / "run.log").read_text()).startswith("FAIL: error: train.py was killed")
 
 
 def alive(pid):
@@ -263,6 +275,7 @@ def test_without_git_nothing_breaks(run, project):
     shutil.rmtree(project / ".git")
     status, log = run("def main(): finish(*train())", GIT_CEILING_DIRECTORIES=str(project.parent))
     assert status == 0 and json.loads((project / "runs.jsonl").read_text())["commit"] is None
+    assert block(log)["verdict"].startswith("none (") and "in no commit" in block(log)["verdict"]
 
 
 def test_a_public_train_runs_without_guard(project, small_home, tmp_path):
