@@ -1,9 +1,12 @@
-"""Timings of feeding, for a person: uv run pytest -m bench -s
+"""Timings of feeding, for a person: uv run pytest -m bench -s; and tests of bench_gpu.py, which compares recipes.
 BENCH_TEXT names a folder of parquet or text files; without it the built-in python corpus is used."""
 
+import math
 import os
+import subprocess
 import time
 
+import bench_gpu
 import numpy as np
 import pytest
 import torch
@@ -79,3 +82,46 @@ def test_feeding(corpus, monkeypatch):
     theirs = 2 * rows * T / (time.perf_counter() - began)
     print(f"a loader that tokenizes and scans as it goes: {theirs / 1e6:.2f}M tokens/s; ratio {ours / theirs:.0f}")
     assert np.median(times) < 10 and ours / theirs >= 20
+
+
+# -- bench_gpu.py: what it runs and what it prints
+
+def figures(**changes):
+    return {"tokens_s": 1000.0, "mfu": 40.0, "start": 50.0, "evaluation": 9.0, "val_bpb": 1.0, "memory_gb": 44.0, "epochs": 0.5,
+            "steps": 950, "train_loss": 2.9, **changes}
+
+
+def test_runs_alternate():
+    assert bench_gpu.abba(["a", "b"], [42, 43, 44]) == [("a", 42), ("b", 42), ("b", 43), ("a", 43), ("a", 44), ("b", 44)]
+
+
+def test_table_compares_with_the_first_arm():
+    results = {"reference": [figures(val_bpb=1.00), figures(val_bpb=1.02, start=10.0)],
+               "current": [figures(val_bpb=0.95, tokens_s=1250.0), figures(val_bpb=0.97, tokens_s=1250.0, start=8.0)]}
+    head, reference, current = (line.split() for line in bench_gpu.table(results, 3.0))
+    cell = lambda row, name: row[head.index(name)]
+    assert (cell(current, "n"), cell(current, "tokens/s"), cell(reference, "val_bpb")) == ("2", "1,250", "1.010000")
+    assert cell(current, "speed") == "1.250" and cell(current, "sd") == "0.014142" and cell(reference, "ratio") == "1.0000"
+    assert cell(current, "ratio") == f"{0.96 / 1.01:.4f}" and cell(reference, "+-") == "0.0000"
+    assert cell(current, "+-") == f"{0.96 / 1.01 * math.hypot(0.01 / 0.96, 0.01 / 1.01):.4f}"
+    assert cell(current, "gap") == f"{3 * 0.96 - 2.9:.3f}" and cell(reference, "cold_s") == "50.0" and cell(reference, "warm_s") == "10.0"
+
+
+def test_arms_borrow_knobs():
+    if subprocess.run(["git", "cat-file", "-e", bench_gpu.REFERENCE], cwd=bench_gpu.ROOT, capture_output=True).returncode:
+        pytest.skip("the reference is not in this clone")
+    ours, theirs = (bench_gpu.knobs(which, "cuda") for which in ("current", "reference"))
+    assert (theirs.batch_tokens, theirs.window_pattern, theirs.depth) == (2**19, "SSSL", 8)
+    assert f"'batch_tokens': {ours.batch_tokens}" in bench_gpu.arm_source("batch", "cuda")
+    assert bench_gpu.arm_source("reference", "cuda") == bench_gpu.source("reference")
+    windows = bench_gpu.arm_source("windows", "cuda")
+    assert "'width': 512" in windows and "window_pattern'" not in windows.split("class Knobs")[0] and "'short_window'" not in windows
+
+
+@pytest.mark.slow
+def test_bench_gpu_runs(small_home, monkeypatch, capsys):
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(small_home))
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    bench_gpu.compare(["reference", "current"], [42], 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("reference") and lines[-1].startswith("current") and len(lines[-1].split()) == 16
