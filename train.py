@@ -16,6 +16,7 @@ Letters: B rows, T positions, C width, H heads, D channels of a head, V vocabula
 """
 
 import contextlib
+import gc
 import random
 import re
 import sys
@@ -32,50 +33,55 @@ from prepare import (SEED, TIME_BUDGET, PrepareError, Tokenizer, clock, evaluate
 
 # == 1. KNOBS ==========================================================================================================
 
-
 @dataclass(frozen=True)
 class Knobs:
-    """The defaults are the reference recipe for one H100; the tiers below change what another device needs."""
+    """The defaults are the recipe for one H100; the tiers below change what another device needs."""
 
     # model
     depth: int = 8  # blocks
     width: int = 512  # channels C; 64 a block
     head_dim: int = 128  # D, also the channels that RoPE turns
     mlp_ratio: int = 4  # hidden channels of the MLP, in widths
-    window_pattern: str = "SSSL"  # repeated over the blocks: S short window, L the whole row; the last is always L
-    short_window: float = 1 / 2  # of T: earlier tokens a position sees besides itself
-    rope_base: float = 10_000.0
-    softcap: float = 15.0  # logits are squeezed into +-softcap
+    window_pattern: str = "SSSSL"  # repeated over the blocks: S short window, L the whole row; the last is always L
+    short_window: float = 1 / 8  # of T: earlier tokens a position sees besides itself
+    rope_base: float = 200_000.0
+    qk_scale: float = 1.15  # root mean square of q and k after their norm: attention's logits grow with its square
+    softcap: float = 15.0  # logits are squeezed into +-softcap; 0 leaves them alone
+    bigram_rows: int = 0  # rows of a hashed table of token pairs that is added to the embedding; 0 for none
     value_gate_channels: int = 32  # channels of the normed input that gate the value embeddings
     # initial values
     embedding_std: float = 1.0
     head_std: float = 0.001  # near-uniform first predictions
-    matrix_scale: float = 1.0  # matrices and value embeddings: uniform +- scale * sqrt(3 / C), so std = scale / sqrt(C)
+    matrix_scale: float = 0.68  # matrices, value embeddings: uniform +- scale * sqrt(3 / C), so std = scale / sqrt(C)
     residual_init: float = 1.0  # x <- residual * x + x0 * (normed embedding), a pair for each block
-    x0_init: float = 0.1
+    x0_init: float = 0.05
     # batch
-    batch_tokens: int = 2**19  # tokens an optimizer step
-    micro_tokens: int = 2**18  # tokens at a time: 128 rows of 2,048; halved when memory runs out
+    batch_tokens: int = 2**17  # tokens an optimizer step
+    micro_tokens: int = 2**17  # tokens at a time: 64 rows of 2,048; halved when memory runs out
     eval_tokens: int = 2**18  # tokens at a time in evaluation
-    bytes_per_token: int = 190_000  # GPU memory a token at a time needs: 45 GB for 2**18, and a tenth to spare
+    bytes_per_token: int = 190_000  # GPU memory a token at a time needs: the reference's 45 GB for 2**18, and a tenth
     # optimizer; AdamW's rates but the scalars' are for width 768 and grow with (C / 768) ** -0.5
     matrix_lr: float = 0.04  # Muon, times sqrt(max(1, rows / columns))
-    embedding_lr: float = 0.6
-    value_embedding_lr: float = 0.6
-    head_lr: float = 0.004
+    embedding_lr: float = 0.9
+    value_embedding_lr: float = 0.9
+    bigram_lr: float = 0.3  # as it is for every width; one second moment a row, no momentum
+    head_lr: float = 0.005
     residual_lr: float = 0.005
     x0_lr: float = 0.5
     adam_betas: tuple = (0.8, 0.95)
     x0_betas: tuple = (0.96, 0.95)
     adam_eps: float = 1e-10
     muon_momentum: tuple = (0.85, 0.95)  # from, to
-    muon_momentum_steps: int = 300  # steps the momentum takes to get there
+    muon_momentum_steps: int = 200  # steps the momentum takes to get there
     muon_beta2: float = 0.95  # of NorMuon's second moment
     weight_decay: float = 0.2  # of Muon's matrices, cautious; falls to 0 over the budget
+    embedding_decay: float = 0.001  # AdamW's, times the rate, as in the next two
+    value_embedding_decay: float = 0.003
+    head_decay: float = 0.01
     # schedule
     warmup: float = 0.0  # share of the budget over which rates rise
-    warmdown: float = 0.5  # share of the budget over which rates fall
-    final_lr: float = 0.0  # share of the rate at the end
+    warmdown: float = 0.8  # share of the budget over which rates fall
+    final_lr: float = 0.03  # share of the rate at the end
 
     def __post_init__(self):
         checks = {
@@ -83,6 +89,7 @@ class Knobs:
             "head_dim is odd": self.head_dim % 2 == 0,
             "window_pattern has letters besides S and L": set(self.window_pattern) in ({"S"}, {"L"}, {"S", "L"}),
             "short_window is not in (0, 1]": 0 < self.short_window <= 1,
+            "softcap or bigram_rows is below 0": self.softcap >= 0 and self.bigram_rows >= 0,
             "value_gate_channels exceeds width": 0 < self.value_gate_channels <= self.width,
             "depth, mlp_ratio or a token count is below 1": min(
                 self.depth, self.mlp_ratio, self.batch_tokens, self.micro_tokens, self.eval_tokens) >= 1,
@@ -94,15 +101,18 @@ class Knobs:
             raise PrepareError(f"the knobs in train.py are wrong: {'; '.join(wrong)}; correct them and run again")
 
 
-TIERS = {  # by torch's device type: what differs from the table above
-    "cuda": dict(),
+TIERS = {  # what differs from the table above; a GPU's memory in GB picks its row
+    "cuda-80": dict(),
+    "cuda-48": dict(batch_tokens=2**16, micro_tokens=2**16, eval_tokens=2**17),
+    "cuda-24": dict(depth=5, batch_tokens=2**16, micro_tokens=2**16, eval_tokens=2**16),
+    "cuda-12": dict(depth=4, width=384, batch_tokens=2**15, micro_tokens=2**15, eval_tokens=2**15),
+    "cuda-8": dict(depth=4, width=256, batch_tokens=2**15, micro_tokens=2**14, eval_tokens=2**14),
     "mps": dict(depth=4, width=256, head_dim=64, batch_tokens=2**15, micro_tokens=2**14, eval_tokens=2**15),
-    "cpu": dict(depth=4, width=128, head_dim=64, window_pattern="L", batch_tokens=2**13, micro_tokens=2**13,
-                eval_tokens=2**14, muon_momentum_steps=100),
+    "cpu": dict(depth=4, width=128, head_dim=64, window_pattern="L", batch_tokens=2**12, micro_tokens=2**12,
+                eval_tokens=2**14, muon_momentum_steps=100, softcap=0.0, bigram_rows=2**15),
 }
 
 # == 2. MODEL ==========================================================================================================
-
 
 def norm(x):
     """RMSNorm without weights over the last axis."""
@@ -166,7 +176,8 @@ class Attention(nn.Module):
 
     def __init__(self, knobs, attend, window, has_values):
         super().__init__()
-        C, self.head_dim, self.attend, self.window = knobs.width, knobs.head_dim, attend, window
+        C, self.head_dim, self.sharpness = knobs.width, knobs.head_dim, knobs.qk_scale**2
+        self.attend, self.window = attend, window
         self.query, self.key, self.value, self.out = (nn.Linear(C, C, bias=False) for _ in range(4))
         self.gate = nn.Linear(knobs.value_gate_channels, C // knobs.head_dim, bias=False) if has_values else None
 
@@ -176,7 +187,7 @@ class Attention(nn.Module):
         if self.gate is not None:
             gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))  # (B, T, H)
             v = v + gate[..., None] * values.view_as(v)
-        dtype, q, k = q.dtype, norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        dtype, q, k = q.dtype, self.sharpness * norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         out = self.attend(q.to(dtype), k.to(dtype), v.to(dtype), self.window)  # (B, T, H, D); kernels take one dtype
         return self.out(out.reshape(B, T, C))
 
@@ -195,6 +206,12 @@ class Block(nn.Module):
         return x + self.down(F.relu(self.up(norm(x))).square())
 
 
+def hash_pairs(ids, vocab_size, rows):  # ids: (B, T) -> (B, T), in [0, rows)
+    """A row for each token and the one before it (0 before the first), by Knuth's multiplicative hashing."""
+    pairs = F.pad(ids[:, :-1], (1, 0)) * vocab_size + ids
+    return ((pairs * 2_654_435_761 & 0xFFFF_FFFF) * rows) >> 32
+
+
 class GPT(nn.Module):
     """ids (B, T) -> logits (B, T, V) in fp32, or with targets (B, T) the mean cross-entropy in nats."""
 
@@ -208,18 +225,22 @@ class GPT(nn.Module):
         has_values = [i % 2 == (L - 1) % 2 for i in range(L)]  # every other block, the last included
         self.embedding = nn.Embedding(vocab_size, C)
         self.value_embeddings = nn.ModuleDict({str(i): nn.Embedding(vocab_size, C) for i in range(L) if has_values[i]})
+        self.bigram = nn.Embedding(knobs.bigram_rows, C) if knobs.bigram_rows else None
         self.blocks = nn.ModuleList(Block(knobs, attend, self.windows[i], has_values[i]) for i in range(L))
         self.head = nn.Linear(C, vocab_size, bias=False)
         self.residual_scale = nn.Parameter(torch.full((L,), knobs.residual_init))
         self.x0_scale = nn.Parameter(torch.full((L,), knobs.x0_init))
         self.draw_weights()
         if dtype == torch.bfloat16:  # lookups move half the bytes; the matrices stay fp32 and are cast by autocast
-            for table in (self.embedding, *self.value_embeddings.values()):
+            for table in self.tables():
                 table.to(dtype)
         angles = torch.outer(torch.arange(T), knobs.rope_base ** -(torch.arange(0, knobs.head_dim, 2) / knobs.head_dim))
         self.register_buffer("cos", angles.cos()[:, None].to(dtype), persistent=False)  # (T, 1, D / 2)
         self.register_buffer("sin", angles.sin()[:, None].to(dtype), persistent=False)
         self.to(device)
+
+    def tables(self):
+        return [m for m in self.modules() if isinstance(m, nn.Embedding)]
 
     @torch.no_grad()
     def draw_weights(self):
@@ -229,6 +250,7 @@ class GPT(nn.Module):
         self.head.weight.normal_(std=self.knobs.head_std)
         for table in self.value_embeddings.values():
             table.weight.uniform_(-bound, bound)
+        self.bigram and self.bigram.weight.zero_()
         for block in self.blocks:
             attention = block.attention
             for matrix in (attention.query, attention.key, attention.value, block.up):
@@ -239,24 +261,26 @@ class GPT(nn.Module):
 
     def forward(self, ids, targets=None):  # ids, targets: (B, T)
         with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            x = x0 = norm(self.embedding(ids))  # (B, T, C)
+            x = self.embedding(ids)  # (B, T, C)
+            if self.bigram is not None:
+                x = x + self.bigram(hash_pairs(ids, self.embedding.num_embeddings, self.bigram.num_embeddings))
+            x = x0 = norm(x)
             for i, block in enumerate(self.blocks):
                 values = self.value_embeddings[str(i)](ids) if str(i) in self.value_embeddings else None
                 x = block(self.residual_scale[i] * x + self.x0_scale[i] * x0, values, self.cos, self.sin)
-            logits = self.head(norm(x))
-        logits = self.knobs.softcap * torch.tanh(logits.float() / self.knobs.softcap)  # (B, T, V)
+            logits = self.head(norm(x)).float()  # (B, T, V)
+        if self.knobs.softcap:
+            logits = self.knobs.softcap * torch.tanh(logits / self.knobs.softcap)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def flops_per_token(self):
         """6 for each weight of the matrices and the head, 12 * C for each key a query may see, causality not halved."""
-        tables = [self.embedding, *self.value_embeddings.values()]
-        weights = sum(p.numel() for p in self.parameters() if p.ndim == 2) - sum(t.weight.numel() for t in tables)
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * weights + sum(12 * self.knobs.width * min(window, self.T) for window in self.windows)
 
 # == 3. OPTIMIZER ======================================================================================================
-
 
 # Quintic polynomials (a, b, c) of Polar Express (arXiv:2505.16932) for 5 steps: x <- a x + (b A + c A A) x, A = x x^T
 POLAR_EXPRESS = (
@@ -311,9 +335,17 @@ def adamw_update(params, grads, averages, squares, lr, beta1, beta2, eps, decay,
         p.copy_(p * (1 - lr * decay) - lr / (1 - beta1**step) * (m / denominator))
 
 
+def rows_update(table, grad, square, lr, beta2, eps, step):
+    """One Adam step without momentum, with one second moment a row (after Adafactor, arXiv:1804.04235): for a table of
+    which a batch touches few rows, it moves a third of the memory."""
+    g = grad.float()
+    square.copy_(beta2 * square + (1 - beta2) * g.square().mean(dim=-1, keepdim=True))
+    table.copy_(table - lr * g / ((square / (1 - beta2**step)).sqrt() + eps))
+
+
 class MuonAdamW(torch.optim.Optimizer):
-    """Groups of kind "muon" (matrices of one shape, updated as one stack) and "adamw" (anything). State is allocated
-    here, as zeros. Rates pass as 0-D tensors, so that a compiled step is never compiled again when they change."""
+    """Groups of kind "muon" (matrices of one shape, updated as one stack), "rows" (one table) and "adamw" (anything).
+    State is allocated here, as zeros. Rates are 0-D tensors: a compiled step is not compiled again when they change."""
 
     def __init__(self, groups, dtype=torch.float32, compiler=lambda f: f):
         super().__init__(groups, defaults={"step": 0, "weight_decay": 0.0})
@@ -325,14 +357,15 @@ class MuonAdamW(torch.optim.Optimizer):
                 stack = torch.zeros(len(params), *params[0].shape, device=params[0].device)
                 axis = -1 if stack.size(-2) >= stack.size(-1) else -2
                 self.state[params[0]] = {"momentum": stack, "second": torch.zeros_like(stack.mean(axis, keepdim=True))}
+            elif group["kind"] == "rows":
+                self.state[params[0]] = {"square": torch.zeros(len(params[0]), 1, device=params[0].device)}
             else:
                 for p in params:
                     self.state[p] = {"average": torch.zeros_like(p), "square": torch.zeros_like(p)}
-        self.muon_update, self.adamw_update = compiler(muon_update), compiler(adamw_update)
+        self.muon_update, self.adamw_update, self.rows_update = map(compiler, (muon_update, adamw_update, rows_update))
 
     def rate(self, index, name, value):
-        tensor = self.rates.setdefault((index, name), torch.zeros(()))
-        return tensor.fill_(value)
+        return self.rates.setdefault((index, name), torch.zeros(())).fill_(value)
 
     @torch.no_grad()
     def step(self):
@@ -345,6 +378,9 @@ class MuonAdamW(torch.optim.Optimizer):
                 state = self.state[params[0]]
                 self.muon_update(params, grads, state["momentum"], state["second"], lr, rate("mu", group["momentum"]),
                                  group["beta2"], decay, self.dtype)
+            elif group["kind"] == "rows":
+                self.rows_update(params[0], grads[0], self.state[params[0]]["square"], lr, group["betas"][1],
+                                 group["eps"], rate("step", group["step"]))
             else:
                 state = [self.state[p] for p in params]
                 self.adamw_update(params, grads, [s["average"] for s in state], [s["square"] for s in state], lr,
@@ -355,14 +391,15 @@ def make_optimizer(model, compiler=lambda f: f):
     """Gives every parameter of the model to exactly one group, or says which has none or several."""
     k = model.knobs
     scale = (k.width / 768) ** -0.5
-    adamw = lambda lr, params, betas=k.adam_betas: dict(
-        kind="adamw", lr=lr, params=list(params), betas=betas, eps=k.adam_eps)
+    adamw = lambda lr, params, decay=0.0, betas=k.adam_betas, kind="adamw": dict(
+        kind=kind, lr=lr, params=list(params), betas=betas, eps=k.adam_eps, weight_decay=decay)
     groups = [
-        adamw(k.head_lr * scale, model.head.parameters()),
-        adamw(k.embedding_lr * scale, model.embedding.parameters()),
-        adamw(k.value_embedding_lr * scale, model.value_embeddings.parameters()),
+        adamw(k.head_lr * scale, model.head.parameters(), k.head_decay),
+        adamw(k.embedding_lr * scale, model.embedding.parameters(), k.embedding_decay),
+        adamw(k.value_embedding_lr * scale, model.value_embeddings.parameters(), k.value_embedding_decay),
         adamw(k.residual_lr, [model.residual_scale]),
-        adamw(k.x0_lr, [model.x0_scale], k.x0_betas),
+        adamw(k.x0_lr, [model.x0_scale], betas=k.x0_betas),
+        *([adamw(k.bigram_lr, model.bigram.parameters(), kind="rows")] if model.bigram else []),
     ]
     shapes = {}
     for matrix in model.blocks.parameters():
@@ -377,14 +414,11 @@ def make_optimizer(model, compiler=lambda f: f):
 
 # == 4. SCHEDULE =======================================================================================================
 
-
 def lr_scale(k, progress):
     """Factor on every learning rate after `progress` (0 to 1) of the budget: linear up, flat, linear down."""
     if progress < k.warmup:
         return progress / k.warmup
-    if progress <= 1 - k.warmdown:
-        return 1.0
-    return k.final_lr + (1 - k.final_lr) * max(0.0, 1 - progress) / k.warmdown
+    return 1.0 if progress <= 1 - k.warmdown else k.final_lr + (1 - k.final_lr) * max(0.0, 1 - progress) / k.warmdown
 
 
 def set_rates(optimizer, k, progress, step):
@@ -397,7 +431,6 @@ def set_rates(optimizer, k, progress, step):
             group["weight_decay"] = k.weight_decay * max(0.0, 1 - progress)
 
 # == 5. RUN ============================================================================================================
-
 
 PEAK_TFLOPS = (  # dense bf16, by device name; first match counts
     ("MIG", None), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100|H200|GH200", 989.5), ("B200", 2250), ("A100", 312),
@@ -424,10 +457,18 @@ def pick_device():
     return torch.device("cpu"), torch.bfloat16 if native else torch.float32  # emulated bf16 is many times slower
 
 
+def pick_tier(device):
+    """(a name in TIERS, why)."""
+    if device.type != "cuda":
+        return device.type, "no GPU" if device.type == "cpu" else "Apple's GPU"
+    gigabytes = torch.cuda.get_device_properties(device).total_memory / 2**30
+    size = max((size for size in (12, 24, 48, 80) if gigabytes > 0.9 * size), default=8)  # 24 GB show as 22 to 24
+    return f"cuda-{size}", f"{gigabytes:.1f} GB of GPU memory"
+
+
 def pick_compiler(device):
     """torch.compile, or the identity where it does not work (no C++ compiler, no Triton, MPS)."""
-    def compiler(f):
-        return torch.compile(f, dynamic=False)
+    compiler = lambda f: torch.compile(f, dynamic=False)
     if device.type == "mps":
         return lambda f: f
     torch._dynamo.config.recompile_limit = 64  # one compilation for each shape of a stack of matrices, 8 by default
@@ -455,11 +496,6 @@ def pick_attention(device, dtype, head_dim, compiler):
     return "sdpa"
 
 
-def generator_states(device):
-    on_device = getattr(torch, device.type).get_rng_state() if device.type != "cpu" else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_device
-
-
 @contextlib.contextmanager
 def without_trace(model, optimizer, device):
     """Puts weights, optimizer state, step counters, gradients and random generators back, in the same storages."""
@@ -467,7 +503,8 @@ def without_trace(model, optimizer, device):
     tensors += [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
     saved = [t.detach().clone() for t in tensors]
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    python, numpy, cpu, on_device = generator_states(device)
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_device = getattr(torch, device.type).get_rng_state() if device.type != "cpu" else None
     try:
         yield
     finally:
@@ -536,11 +573,26 @@ class Progress:
         print(f"\r{line}  " if self.live else line, end="\n" if done or not self.live else "", flush=True)
 
 
+def read_later(loss, step):
+    """A function that returns a loss, or raises FloatingPointError. It waits only for the work queued before this call:
+    called a step later, it lets the GPU go on."""
+    copied = torch.cuda.Event() if loss.device.type == "cuda" else None
+    copy = loss.to("cpu", non_blocking=copied is not None)  # pinned where it is asynchronous
+    copied and copied.record()
+
+    def read():
+        copied and copied.synchronize()
+        if not (value := copy.item()) <= 100:
+            raise FloatingPointError(f"the loss was {value} at step {step}")
+        return value
+
+    return read
+
+
 def train(model, forward, optimizer, loader, accumulation, micro_tokens):
     """Runs steps until the budget is spent; returns (steps, tokens). FloatingPointError: the loss went wild."""
-    k, progress, step, tokens = model.knobs, Progress(TIME_BUDGET), 0, 0
+    k, progress, step, tokens, elapsed, last = model.knobs, Progress(TIME_BUDGET), 0, 0, 0.0, None
     ids, targets, epoch = next(loader)  # this starts the clock
-    elapsed = 0.0
     while elapsed < TIME_BUDGET:
         loss = 0.0
         for _ in range(accumulation):
@@ -548,15 +600,15 @@ def train(model, forward, optimizer, loader, accumulation, micro_tokens):
             part.backward()
             loss = loss + part.detach()
             ids, targets, epoch = next(loader)  # the host fills the next batch while the device works
+        this = read_later(loss, step)
         share = min(1.0, clock.elapsed() / TIME_BUDGET)
         set_rates(optimizer, k, share, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        value = loss.item()
-        if not value <= 100:
-            raise FloatingPointError(f"the loss was {value} at step {step}")
-        step, tokens, elapsed = step + 1, tokens + accumulation * micro_tokens, clock.tick()
+        value = (last or this)()  # a step late: meanwhile the device works
+        step, tokens, last, elapsed = step + 1, tokens + accumulation * micro_tokens, this, clock.tick()
         progress.show(step, elapsed, value, tokens, epoch, lr_scale(k, share))
+    last()
     return step, tokens
 
 # == 6. CONTRACT =======================================================================================================
@@ -569,14 +621,14 @@ def main():
     device, dtype = pick_device()
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
-    tokenizer, T, knobs = Tokenizer.from_directory(), prepare.MAX_SEQ_LEN, Knobs(**TIERS[device.type])
-    vocab_size = tokenizer.get_vocab_size()
+    tokenizer, T, (tier, why) = Tokenizer.from_directory(), prepare.MAX_SEQ_LEN, pick_tier(device)
+    knobs, vocab_size = Knobs(**TIERS[tier]), tokenizer.get_vocab_size()
     compiler = pick_compiler(device)
     attention = pick_attention(device, dtype, knobs.head_dim, compiler)
     model = GPT(knobs, vocab_size, T, device, attention, dtype)
     optimizer = make_optimizer(model, compiler)
     num_params = sum(p.numel() for p in model.parameters())
-    print(f"{device.type} tier: depth {knobs.depth}, width {knobs.width}, {num_params / 1e6:.1f}M parameters, "
+    print(f"{tier} tier ({why}): depth {knobs.depth}, width {knobs.width}, {num_params / 1e6:.1f}M parameters, "
           f"{knobs.batch_tokens:,} tokens a step, {attention}, {str(dtype)[6:]}, seed {SEED}; warming up", flush=True)
 
     forward = compiler(model)
@@ -584,13 +636,14 @@ def main():
     rows, eval_rows = warm_up(model, forward, optimizer, rows, eval_rows, vocab_size, device)
     accumulation = max(1, knobs.batch_tokens // (rows * T))
     loader = make_dataloader(tokenizer, rows, T, "train", device=device)
+    gc.collect(), gc.freeze()  # what lives by now is not searched for garbage again
     steps, tokens = train(model, forward, optimizer, loader, accumulation, rows * T)
     evaluate_bpb(forward, tokenizer, eval_rows)
 
     peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
     mfu = peak and model.flops_per_token() * tokens / clock.elapsed() / peak
     print_summary(num_steps=steps, total_tokens=tokens, num_params=num_params, depth=knobs.depth, mfu=mfu,
-                  attention=attention, tier=device.type)
+                  attention=attention, tier=tier)
 
 
 if __name__ == "__main__":

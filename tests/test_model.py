@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import REFERENCE
 
 import train
 
 CPU = torch.device("cpu")
-SMALL = replace(train.Knobs(**train.TIERS["cpu"]), depth=3, width=32, head_dim=8, window_pattern="SSL", value_gate_channels=8)
+SMALL = replace(train.Knobs(**train.TIERS["cpu"]), depth=3, width=32, head_dim=8, window_pattern="SSL", value_gate_channels=8,
+                softcap=15.0, bigram_rows=997)
 
 
 def redrawn(model, seed=0):
@@ -83,7 +85,7 @@ def test_causal_and_rows_apart(path, pattern):
 
 
 def test_short_windows_limit_what_a_block_sees():
-    knobs = replace(SMALL, depth=2, window_pattern="S", short_window=0.25)
+    knobs = replace(SMALL, depth=2, window_pattern="S", short_window=0.25, bigram_rows=0)
     model = redrawn(train.GPT(knobs, 50, 32, CPU))
     assert model.windows == [8, 32]  # the last block always sees the whole row
     model.windows = [8, 8]
@@ -108,6 +110,62 @@ def test_loss_is_the_cross_entropy_of_the_logits():
     assert logits.dtype == torch.float32 and logits.abs().max() <= SMALL.softcap
 
 
+def test_without_a_soft_cap_the_logits_are_the_heads():
+    model, raw = redrawn(train.GPT(replace(SMALL, softcap=0.0), 50, 24, CPU)), []
+    model.head.register_forward_hook(lambda module, inputs, output: raw.append(output))
+    logits = model(torch.randint(50, (3, 24), generator=torch.Generator().manual_seed(2)))
+    assert torch.equal(logits, raw[0]) and logits.abs().max() > 5
+
+
+def test_q_and_k_have_the_scale_of_the_knob():
+    """Attention's logits are those of unit queries and keys, times the square of the scale."""
+    seen = []
+    model = redrawn(train.GPT(replace(SMALL, qk_scale=1.3), 50, 24, CPU))
+    attention = model.blocks[0].attention
+    attention.attend = lambda q, k, v, window: seen.append((q, k)) or v
+    model(torch.randint(50, (2, 24), generator=torch.Generator().manual_seed(2)))
+    q, k = ((x.square().mean(-1) ** 0.5).flatten() for x in seen[0])
+    assert torch.allclose(q * k, torch.tensor(1.3**2), atol=1e-3)
+
+
+def test_pairs_are_hashed_by_token_and_predecessor():
+    ids = torch.randint(8192, (64, 257), generator=torch.Generator().manual_seed(0))
+    rows = train.hash_pairs(ids, 8192, 5000)
+    assert rows.shape == ids.shape and rows.min() >= 0 and rows.max() < 5000
+    counts = torch.bincount(rows.flatten(), minlength=5000).float()  # 3.29 pairs a row, Poisson if the hash is good
+    assert counts.var().item() == pytest.approx(counts.mean().item(), rel=0.1)
+    for t in (0, 5, 256):  # a token moves its own row and its successor's, and no other
+        other = ids.clone()
+        other[:, t] = (ids[:, t] + 1) % 8192
+        moved = (train.hash_pairs(other, 8192, 5000) != rows).float().mean(0)
+        assert moved[t] > 0.9 and moved[:t].sum() == 0 and moved[t + 2:].sum() == 0 and (t == 256 or moved[t + 1] > 0.9)
+    swapped = train.hash_pairs(torch.tensor([[3, 7, 3]]), 8192, 5000)[0]
+    assert swapped[1] != swapped[2]  # 3 then 7 is not 7 then 3
+    assert train.hash_pairs(torch.full((1, 2), 65535), 65536, 2**22).max() < 2**22  # no overflow at the largest vocabulary
+
+
+def test_pair_table_starts_without_a_trace_and_is_learnt():
+    torch.manual_seed(0)
+    model = train.GPT(SMALL, 50, 24, CPU)
+    ids = torch.randint(50, (3, 25))
+    before = model(ids[:, :-1])
+    assert not model.bigram.weight.any()
+    with torch.no_grad():
+        model.head.weight.normal_()
+        model.bigram.weight.normal_()
+    assert not torch.allclose(model(ids[:, :-1]), before)
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    touched = train.hash_pairs(ids[:, :-1], 50, 997).unique()
+    assert torch.equal(model.bigram.weight.grad.abs().sum(1).nonzero()[:, 0], touched)
+
+
+def test_what_is_shipped_for_80_gb():
+    shipped = train.GPT(train.Knobs(**train.TIERS["cuda-80"]), 8192, 2048, CPU, "sdpa", torch.bfloat16)
+    assert sum(p.numel() for p in shipped.parameters()) == 50_332_176  # the reference's model
+    assert shipped.windows == [256, 256, 256, 256, 2048, 256, 256, 2048]
+    assert shipped.knobs.batch_tokens == shipped.knobs.micro_tokens == 2**17
+
+
 def test_rope_turns_by_position_and_keeps_length():
     model = train.GPT(SMALL, 50, 24, CPU)
     x = torch.randn(1, 24, 2, 8, generator=torch.Generator().manual_seed(3))
@@ -120,7 +178,7 @@ def test_rope_turns_by_position_and_keeps_length():
 
 @pytest.fixture(scope="module")
 def reference():
-    return train.GPT(train.Knobs(**train.TIERS["cuda"]), 8192, 2048, CPU, "sdpa", torch.bfloat16)
+    return train.GPT(train.Knobs(**REFERENCE), 8192, 2048, CPU, "sdpa", torch.bfloat16)
 
 
 def test_the_reference_has_its_numbers(reference):
@@ -130,7 +188,7 @@ def test_the_reference_has_its_numbers(reference):
     matrices = 8 * 12 * 512 * 512 + 4 * 4 * 32
     attention = 12 * 512 * (6 * 1024 + 2 * 2048)
     assert reference.flops_per_token() == 6 * (matrices + 512 * 8192) + attention
-    knobs = train.Knobs(**train.TIERS["cuda"])
+    knobs = train.Knobs(**REFERENCE)
     assert (knobs.batch_tokens, knobs.micro_tokens // 2048, knobs.batch_tokens // knobs.micro_tokens) == (2**19, 128, 2)
 
 
@@ -164,7 +222,7 @@ def test_same_seed_same_weights():
 
 @pytest.mark.parametrize("change", [dict(width=100, head_dim=64), dict(window_pattern="SX"), dict(short_window=0.0), dict(depth=0),
                                     dict(batch_tokens=100, micro_tokens=64), dict(warmup=0.6, warmdown=0.6),
-                                    dict(value_gate_channels=999), dict(head_dim=3, width=9)])
+                                    dict(softcap=-1.0), dict(bigram_rows=-1), dict(value_gate_channels=999), dict(head_dim=3, width=9)])
 def test_wrong_knobs_are_named(change):
     with pytest.raises(train.PrepareError, match="knobs in train.py are wrong"):
         replace(train.Knobs(**train.TIERS["cpu"]), **change)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reference import REFERENCE
 
 import train
 
@@ -147,7 +148,7 @@ def test_an_orphan_or_shared_parameter_is_named():
 
 
 def test_rates_are_the_references():
-    model = train.GPT(train.Knobs(**train.TIERS["cuda"]), 8192, 64, CPU)
+    model = train.GPT(train.Knobs(**REFERENCE), 8192, 64, CPU)
     groups = {tuple(g["params"][0].shape): g for g in train.make_optimizer(model).param_groups if g["kind"] == "muon"}
     assert {s: (g["lr"], len(g["params"])) for s, g in groups.items()} == {
         (512, 512): (0.04, 32), (2048, 512): (0.08, 8), (512, 2048): (0.04, 8), (4, 32): (0.04, 4)}
@@ -161,10 +162,46 @@ def test_rates_are_the_references():
     assert all(g["weight_decay"] == 0.2 and g["beta2"] == 0.95 for g in groups.values())
 
 
+def test_shipped_tables_decay_and_matrices_too():
+    model = train.GPT(replace(KNOBS, bigram_rows=64), 60, 16, CPU)
+    owner = {id(p): g for g in train.make_optimizer(model).param_groups for p in g["params"]}
+    decay = lambda p: owner[id(p)]["weight_decay"]
+    tables = model.head.weight, model.embedding.weight, model.value_embeddings["1"].weight, model.bigram.weight, model.x0_scale
+    assert [decay(p) for p in tables] == [0.01, 0.001, 0.003, 0.0, 0.0]
+    optimizer = train.make_optimizer(model)
+    train.set_rates(optimizer, model.knobs, 0.9, 10)
+    assert {g["weight_decay"] for g in optimizer.param_groups if g["kind"] == "adamw"} == {0.0, 0.001, 0.003, 0.01}
+    assert owner[id(model.bigram.weight)]["kind"] == "rows" and owner[id(model.bigram.weight)]["lr"] == 0.3
+
+
+def test_rows_of_one_channel_move_as_by_adam_without_momentum():
+    g = torch.Generator().manual_seed(6)
+    ours = torch.randn(9, 1, generator=g).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    mine = train.MuonAdamW([dict(kind="rows", params=[ours], lr=0.03, betas=(0.8, 0.95), eps=1e-8)])
+    torchs = torch.optim.Adam([theirs], lr=0.03, betas=(0.0, 0.95), eps=1e-8)
+    for step in range(20):
+        ours.grad = torch.randn(9, 1, generator=g) * (torch.arange(9)[:, None] % 3 != step % 3)
+        theirs.grad = ours.grad.clone()
+        mine.step()
+        torchs.step()
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_share_one_second_moment_and_untouched_ones_stay():
+    table, grad = torch.ones(4, 3).requires_grad_(), torch.tensor([[3.0, -4.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1e-3, 0.0, 0.0]])
+    optimizer = train.MuonAdamW([dict(kind="rows", params=[table], lr=0.1, betas=(0.8, 0.95), eps=1e-10)])
+    table.grad = grad.clone()
+    optimizer.step()
+    moved = 1 - table.detach()
+    assert torch.allclose(moved[0], 0.1 * grad[0] / (25 / 3) ** 0.5, atol=1e-5) and not moved[1].any()
+    assert torch.allclose(moved.square().mean(1)[[0, 2, 3]], torch.tensor(0.01), rtol=1e-3)
+
+
 def test_state_is_zeros_from_the_start():
     optimizer = train.make_optimizer(model_and_grads())
     tensors = [t for s in optimizer.state.values() for t in s.values()]
-    assert len(optimizer.state) == sum(1 if g["kind"] == "muon" else len(g["params"]) for g in optimizer.param_groups)
+    assert len(optimizer.state) == sum(1 if g["kind"] in ("muon", "rows") else len(g["params"]) for g in optimizer.param_groups)
     assert tensors and not any(t.any() for t in tensors)
 
 

@@ -11,16 +11,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from reference import REFERENCE
 from zygote import run_script
 
 import train
 
 CPU = torch.device("cpu")
-KNOBS = replace(train.Knobs(**train.TIERS["cpu"]), depth=2, width=32, head_dim=16, value_gate_channels=8)
+KNOBS = replace(train.Knobs(**REFERENCE), depth=2, width=32, head_dim=16, value_gate_channels=8, window_pattern="L",
+                batch_tokens=2**13, micro_tokens=2**13, eval_tokens=2**14, muon_momentum_steps=100)
 
 
 def test_learning_rate_golden():
-    k = train.Knobs(**train.TIERS["cuda"])
+    k = train.Knobs(**REFERENCE)
     at = lambda *shares: [round(train.lr_scale(k, s), 6) for s in shares]
     assert at(0, 0.25, 0.5, 0.51, 0.75, 0.9, 0.99, 1.0, 1.3) == [1, 1, 1, 0.98, 0.5, 0.2, 0.02, 0, 0]
     k = replace(k, warmup=0.1, warmdown=0.4, final_lr=0.05)
@@ -29,7 +31,7 @@ def test_learning_rate_golden():
 
 def test_momentum_and_decay_golden():
     model = train.GPT(KNOBS, 60, 16, CPU)
-    optimizer, k = train.make_optimizer(model), train.Knobs(**train.TIERS["cuda"])
+    optimizer, k = train.make_optimizer(model), train.Knobs(**REFERENCE)
     rates = lambda: [(round(g["lr"], 6), round(g["momentum"], 6), round(g["weight_decay"], 6))
                      for g in optimizer.param_groups if g["kind"] == "muon" and g["params"][0].shape == (128, 32)][0]
     for progress, step, wanted in ((0, 0, (0.08, 0.85, 0.2)), (0.25, 150, (0.08, 0.9, 0.15)), (0.5, 300, (0.08, 0.95, 0.1)),
@@ -51,7 +53,7 @@ def everything(model, optimizer):
 
 def test_warm_up_leaves_no_trace():
     torch.manual_seed(3)
-    model = train.GPT(KNOBS, 60, 16, CPU, dtype=torch.bfloat16)
+    model = train.GPT(replace(KNOBS, bigram_rows=64), 60, 16, CPU, dtype=torch.bfloat16)
     optimizer = train.make_optimizer(model)
     before, steps = everything(model, optimizer), []
     step = optimizer.step
@@ -105,8 +107,26 @@ def test_out_of_memory_halves_the_micro_batch(capsys):
 def test_small_gpus_start_with_a_micro_batch_that_fits(monkeypatch, gigabytes, rows):
     facts = type("Facts", (), {"total_memory": gigabytes * 10**9})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
-    assert train.fitting_rows(train.Knobs(**train.TIERS["cuda"]), 2048, torch.device("cuda")) == (rows, rows)
-    assert train.fitting_rows(train.Knobs(**train.TIERS["cpu"]), 2048, CPU) == (4, 8)
+    assert train.fitting_rows(train.Knobs(**REFERENCE), 2048, torch.device("cuda")) == (rows, rows)
+    assert train.fitting_rows(train.Knobs(**train.TIERS["cpu"]), 2048, CPU) == (2, 8)
+
+
+@pytest.mark.parametrize("gibibytes, tier", [(139.8, 80), (79.1, 80), (79.6, 80), (47.4, 48), (44.4, 48), (39.4, 24), (31.4, 24),
+                                             (23.6, 24), (22.1, 24), (15.6, 12), (11.6, 12), (9.6, 8), (7.7, 8), (3.9, 8)])
+def test_memory_picks_the_tier_and_its_micro_batch_fits(monkeypatch, gibibytes, tier):
+    facts = type("Facts", (), {"total_memory": int(gibibytes * 2**30)})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    name, why = train.pick_tier(torch.device("cuda"))
+    assert (name, why) == (f"cuda-{tier}", f"{gibibytes:.1f} GB of GPU memory")
+    knobs = train.Knobs(**train.TIERS[name])
+    if gibibytes > 4:  # the tier's own micro-batch is not halved
+        assert train.fitting_rows(knobs, 2048, torch.device("cuda"))[0] == knobs.micro_tokens // 2048
+
+
+def test_other_devices_have_one_tier():
+    assert train.pick_tier(CPU) == ("cpu", "no GPU") and train.pick_tier(torch.device("mps")) == ("mps", "Apple's GPU")
+    for tier in train.TIERS.values():
+        train.Knobs(**tier)
 
 
 class Ticks:
@@ -178,7 +198,10 @@ def test_wild_loss_stops_at_once_and_names_the_step(monkeypatch, value):
 
     with pytest.raises(FloatingPointError, match="step 3"):
         looped(monkeypatch, forward=forward)
-    assert len(calls) == 4
+    assert len(calls) == 5  # the loss is read a step late
+    calls.clear()
+    with pytest.raises(FloatingPointError, match="step 3"):
+        looped(monkeypatch, forward=forward, budget=4)  # the very last step
 
 
 def test_log_file_stays_short_and_terminal_is_one_line(monkeypatch):
