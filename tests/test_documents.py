@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -70,6 +71,9 @@ def test_every_command_of_the_readme_runs(hub, project, text_folder, tmp_path):
                     "TIME_BUDGET": "1"}
             status = run_script("train.py", project, full, project / "run.log")
             assert status == 0, (command, (project / "run.log").read_text())
+        elif script == "tests/bench_gpu.py":  # half an hour of runs; test_bench.py runs it for a second each, marked slow
+            done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0 and "ABBA" in done.stdout, done.stderr
         else:
             assert script == "pytest"
         ran += 1
