@@ -197,8 +197,8 @@ def parts(which):
         x, weight = draw(rows * T, inner), draw(outer, inner)
         show(f"GEMM {name} {inner} x {outer}", timed(lambda: both(F.linear, x, weight), device))
     logits, targets = draw(rows * T, V), torch.randint(V, (rows * T,), device=device)
-    cap = getattr(k, "softcap", 0) or 1e9  # none: so wide that it does nothing
-    loss = compiler(lambda z: F.cross_entropy(cap * torch.tanh(z.float() / cap), targets))
+    squeeze = (lambda z: k.softcap * torch.tanh(z / k.softcap)) if k.softcap else lambda z: z
+    loss = compiler(lambda z: F.cross_entropy(squeeze(z.float()), targets))
     show("soft cap and cross-entropy", timed(lambda: both(loss, logits), device))
     table_, ids = draw(V, C), torch.randint(V, (rows * T,), device=device)
     show("one embedding, gather and scatter", timed(lambda: both(lambda t: F.embedding(ids, t), table_), device))

@@ -89,15 +89,13 @@ class Agent:
         """Until every idea of the plan is decided."""
         if not self.read("results.tsv"):
             self.set_up()
-            self.start(42)
-            self.wait()
+            self.run(42)
         else:
             self.resume()
         while (idea := self.next_idea()) is not None:
             (self.folder / "train.py").write_text(idea["versions"][0])
             self.commit(idea["name"])
-            self.start()
-            self.wait()
+            self.run()
 
     def next_idea(self):
         for idea in self.plan:
@@ -107,8 +105,10 @@ class Agent:
     def commit(self, name):
         self.shell(COMMIT.replace("<the idea in a few words>", name))
 
-    def start(self, seed=None):
+    def run(self, seed=None):
+        """Step 3 and all that follows from it."""
         self.shell((f"SEED={seed} " if seed else "") + START)
+        self.wait()
 
     @staticmethod
     def ended(line):
@@ -124,8 +124,7 @@ class Agent:
         self.decide()
 
     def again(self):
-        self.start(42 + len(self.rows(self.head())))
-        self.wait()
+        self.run(42 + len(self.rows(self.head())))
 
     def decide(self):
         out = self.shell(READ)
@@ -141,8 +140,7 @@ class Agent:
         """After the row: another seed, or back, and a note."""
         seed = re.match(r"next SEED=(\d+); ", numbers or "")
         if seed and word in ("rerun", "baseline"):
-            self.start(seed[1])
-            return self.wait()
+            return self.run(seed[1])
         self.finish()
 
     def finish(self):
@@ -169,8 +167,7 @@ class Agent:
 
     def mend(self):
         self.shell(MEND)
-        self.start()
-        self.wait()
+        self.run()
 
     def record(self, bpb, status, text):
         row = ROW.replace("<val_bpb>", bpb).replace("<memory_gb>", "0.0").replace("<status>", status).replace("%s", text)
@@ -189,14 +186,12 @@ class Agent:
                     return self.mend()
                 return self.decide()
             if seed := re.match(r"verdict: +\w+ \(next SEED=(\d+)", log):
-                self.start(seed[1])
-                return self.wait()
+                return self.run(seed[1])
         self.shell(BACK)
         if self.shell("git status --short -uno"):
-            self.shell("git restore --staged --worktree train.py")
+            self.shell(AFTER[-1])  # takes the edit back
         if not self.rows(self.head()):
-            self.start()
-            self.wait()
+            self.run()
 
 
 if __name__ == "__main__":

@@ -143,8 +143,7 @@ def test_the_stray_row_is_shown_to_the_agent(scratch):
         log.write("this is no row\n")
     (scratch / "train.py").write_text(DOZEN[0]["versions"][0])
     agent.commit("an idea")
-    agent.start()
-    agent.wait()
+    agent.run()
     assert "results.tsv: line 5 is skipped" in agent.shell(night.READ)
 
 
