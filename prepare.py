@@ -1168,10 +1168,12 @@ def _require_kept(judge, batch, probe, true, got):
 
 def _draw_probes(judge, batches, B, T):
     """{batch: functions that make its probes}. Every position is the last one kept in some row, as long as that takes no
-    more than an eighth of the scored calls; eight batches at least are probed."""
+    more than a quarter of the scored calls; the first and the last always, and eight calls at least."""
     random = judge.random
-    calls = max(8, min(math.ceil((T - 1) / B), batches // 8))
-    cuts = np.resize(random.permutation(T - 1), calls * B).reshape(calls, B)
+    calls = max(8, min(math.ceil((T - 1) / B), batches // 4))
+    edges = [0, T - 2]
+    cuts = np.concatenate([edges, random.permutation(np.arange(1, T - 2))])
+    cuts = random.permutation(np.resize(cuts, calls * B)).reshape(calls, B)
     probes = {number: [] for number in range(batches)}
     for number, row_cuts in zip(np.resize(random.permutation(batches), calls).tolist(), cuts):
         probes[number].append(functools.partial(_later_tokens, cuts=row_cuts))
@@ -1231,16 +1233,17 @@ def _bits_per_byte(model, dataset, batch_size, split, device):
 
 
 def _checksum(model):
-    """Sums of the raw bits of every parameter and buffer, by its place in the model."""
-    sums = []
+    """{(name, shape): sum of the raw bits} of every parameter and buffer. A buffer that grows while it is judged (a
+    table of positions after a curriculum of T) has another key then, and is none that changed."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for group in ("parameters", "buffers"):
-        for tensor in getattr(model, group, tuple)():
-            tensor = tensor.detach()
+    sums = {}
+    for kind in ("named_parameters", "named_buffers"):
+        for name, tensor in getattr(model, kind, tuple)():
             tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
             if tensor.layout == torch.strided and tensor.device.type != "meta":
-                sums.append((tensor.data_ptr(), BASE.sum(tensor.view(words[tensor.element_size()]), dtype=torch.int64)))
-    return {place: total.item() for place, total in sums}
+                bits = tensor.detach().view(words[tensor.element_size()])
+                sums[name, tensor.shape] = BASE.sum(bits, dtype=torch.int64)
+    return {key: total.item() for key, total in sums.items()}
 
 
 def evaluate_bpb(model, tokenizer, batch_size, **forks):
@@ -1270,18 +1273,30 @@ def evaluate_bpb(model, tokenizer, batch_size, **forks):
             model.train()
 
 
+def _threads():
+    """Threads that run code from outside the interpreter and its packages, whose own (of a compiler) are free to start."""
+    known = (sysconfig.get_path("stdlib"), str(Path(torch.__file__).parent.parent), "<frozen")
+    found = set()
+    for thread, frame in sys._current_frames().items():
+        while frame is not None:
+            if not frame.f_code.co_filename.startswith(known):
+                found.add(thread)
+            frame = frame.f_back
+    return found
+
+
 def _fix_score(model, dataset, batch_size, device):
     """The score of this run, and what was unchanged while it was taken."""
     run = referee.this_run
     weights = _checksum(model)
-    threads = set(sys._current_frames())
+    threads = _threads()
     score = _bits_per_byte(model, dataset, batch_size, "val", device)
     if AUDIT:
         run.audit = _bits_per_byte(model, dataset, batch_size, "audit", device)
     now = _checksum(model)
-    if any(now.get(place, total) != total for place, total in weights.items()):
+    if any(now.get(key, total) != total for key, total in weights.items()):
         referee.doubt("parameters or buffers of the model changed while it was judged")
-    if set(sys._current_frames()) - threads:
+    if _threads() - threads:
         referee.doubt("a thread was started while the model was judged")
     run.score = score
     run.device = device

@@ -20,14 +20,29 @@ atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)  # registered early,
 REAL_HOME = Path(os.path.expanduser("~"))
 for name in ("SEED", "TIME_BUDGET", "AUDIT", "AUTORESEARCH_DATASET", "HF_ENDPOINT", "HF_TOKEN"):
     os.environ.pop(name, None)
-for name, folder in {"HOME": "home", "TMPDIR": "tmp", "AUTORESEARCH_HOME": "cache", "XDG_CACHE_HOME": "xdg",
-                     "TORCHINDUCTOR_CACHE_DIR": "inductor", "IPYTHONDIR": "ipython", "MPLCONFIGDIR": "mpl"}.items():
+for name, folder in {
+    "HOME": "home",
+    "TMPDIR": "tmp",
+    "AUTORESEARCH_HOME": "cache",
+    "XDG_CACHE_HOME": "xdg",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "IPYTHONDIR": "ipython",
+    "MPLCONFIGDIR": "mpl",
+}.items():
     (SCRATCH / folder).mkdir()
     os.environ[name] = str(SCRATCH / folder)
-os.environ.update(NO_PROXY="127.0.0.1,localhost", GIT_CONFIG_GLOBAL="/dev/null", GIT_AUTHOR_NAME="t", GIT_COMMITTER_NAME="t",
-                  GIT_AUTHOR_EMAIL="t@example.org", GIT_COMMITTER_EMAIL="t@example.org")
+os.environ.update(
+    NO_PROXY="127.0.0.1,localhost",
+    GIT_CONFIG_GLOBAL="/dev/null",
+    GIT_AUTHOR_NAME="t",
+    GIT_COMMITTER_NAME="t",
+    GIT_AUTHOR_EMAIL="t@example.org",
+    GIT_COMMITTER_EMAIL="t@example.org",
+)
 tempfile.tempdir = None
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job: the tests' children would inherit it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as in a shell's background job: the tests' children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402  (after the environment is set, as are the imports of prepare in the tests)
@@ -35,6 +50,7 @@ import pytest  # noqa: E402  (after the environment is set, as are the imports o
 
 def pytest_collection_modifyitems(items):
     import torch
+
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -72,13 +88,21 @@ def text_folder(tmp_path_factory):
 
 def spawn_prepare(*args, env=None, cwd=ROOT):
     """prepare.py in a process of its own, which costs 3 s for the imports."""
-    return subprocess.run([sys.executable, "prepare.py", *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})}, timeout=120)
+    return subprocess.run(
+        [sys.executable, "prepare.py", *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **(env or {})},
+        timeout=120,
+    )
 
 
 def run_prepare(*args, env=None):
     """The same within this process: argv, environment, output and exit status as a shell would have them."""
     import prepare
+
     argv, sys.argv = sys.argv, ["prepare.py", *map(str, args)]
     before, out, err, status = dict(os.environ), io.StringIO(), io.StringIO(), 0
     os.environ.update(env or {})
@@ -116,6 +140,7 @@ def small_home(tmp_path_factory, text_folder):
 def small(small_home, monkeypatch):
     """The small dataset in use, with a clock and a run of this test's own; gives the prepare module."""
     import prepare
+
     monkeypatch.setenv("AUTORESEARCH_HOME", str(small_home))
     fresh_run(monkeypatch)
     return prepare
@@ -136,8 +161,11 @@ def fresh_run(monkeypatch):
 
 def tree(folder):
     """Hash of every file below a folder, by name, locks left out."""
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(Path(folder).rglob("*")) if p.is_file() and p.name != "lock"}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(Path(folder).rglob("*"))
+        if p.is_file() and p.name != "lock"
+    }
 
 
 @pytest.fixture
