@@ -122,9 +122,16 @@ def small(small_home, monkeypatch):
 
 
 def fresh_run(monkeypatch):
+    """A clock, a record and an opened dataset of this test's own."""
     import prepare
-    monkeypatch.setattr(prepare, "clock", prepare.Clock(prepare.TIME_BUDGET))
-    monkeypatch.setattr(prepare, "_Run", type("_Run", (prepare._Run,), {}))
+    import referee
+
+    clock = referee.Clock(referee.TIME_BUDGET)
+    monkeypatch.setattr(referee, "clock", clock)
+    monkeypatch.setattr(prepare, "clock", clock)
+    monkeypatch.setattr(referee, "this_run", referee.Run())
+    referee._watched.clear()  # files of another test, whose numbers may be given anew
+    prepare._dataset.cache_clear()
 
 
 def tree(folder):
@@ -135,10 +142,10 @@ def tree(folder):
 
 @pytest.fixture
 def project(tmp_path):
-    """A git repository with the two files, as a user has it."""
+    """A git repository with the three files, as a user has it."""
     folder = tmp_path / "project"
     folder.mkdir()
-    for name in ("prepare.py", "train.py", ".gitignore"):
+    for name in ("prepare.py", "referee.py", "train.py", ".gitignore"):
         shutil.copy(ROOT / name, folder / name)
     subprocess.run("git init -q && git add -A && git commit -qm start", shell=True, cwd=folder, check=True)
     return folder
