@@ -131,7 +131,7 @@ TIERS = {  # what differs from the table above; a GPU's memory in GB picks its r
 
 def norm(x):
     """RMSNorm (arXiv:1910.07467) without weights over the last axis."""
-    return F.rms_norm(x, (x.size(-1),))
+    return F.rms_norm(x, (x.size(-1),)).to(x.dtype)  # autocast returns fp32 on CUDA, bf16 on a CPU
 
 
 def rotate(x, cos, sin):  # x: (B, T, H, D); cos, sin: (T, 1, D / 2)
@@ -219,14 +219,12 @@ class Attention(nn.Module):
         q = self.query(x).view(B, T, -1, self.head_dim)  # (B, T, H, D), as are k and v
         k = self.key(x).view(B, T, -1, self.head_dim)
         v = self.value(x).view(B, T, -1, self.head_dim)
-        dtype = q.dtype
         if self.gate is not None:
             gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))  # (B, T, H)
             v = v + gate[..., None] * values.view_as(v)
         q = self.qk_product * norm(rotate(q, cos, sin))
         k = norm(rotate(k, cos, sin))
-        out = self.attend(q.to(dtype), k.to(dtype), v.to(dtype), self.window)  # kernels take one dtype
-        return self.out(out.reshape(B, T, C))
+        return self.out(self.attend(q, k, v, self.window).reshape(B, T, C))
 
 
 class Block(nn.Module):

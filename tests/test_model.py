@@ -118,6 +118,27 @@ def test_a_bf16_model_gives_fp32_logits():
     assert logits.dtype == torch.float32
 
 
+def test_a_bf16_model_is_bf16_throughout_where_autocast_norms_in_fp32(monkeypatch):
+    """As autocast does on CUDA: the residual stream and what reaches the attention kernel stay bf16."""
+    seen = []
+
+    def note(module, inputs):
+        seen.append(inputs[0].dtype)
+
+    def attend(q, k, v, window):
+        seen.extend([q.dtype, k.dtype, v.dtype])
+        return v
+
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape: x.float() * x.float().square().mean(-1, keepdim=True).rsqrt())
+    model = train.GPT(cpu_knobs(**SMALL), 50, 24, CPU, dtype=torch.bfloat16)
+    for block in model.blocks:
+        block.register_forward_pre_hook(note)
+        block.attention.attend = attend
+    model.head.register_forward_pre_hook(note)
+    model(IDS)
+    assert seen == [torch.bfloat16] * 13
+
+
 def test_q_and_k_have_the_scale_of_the_knob():
     """Attention's logits are those of unit queries and keys, times the square of the scale."""
     seen = []
