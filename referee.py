@@ -1583,7 +1583,7 @@ def after_none(night):
         return f"finish the edit of {night.experiment.edited}, then {MEND} && {ME} run"
     if "no kept run compares" in reason or "noise is unknown" in reason:
         return f"{ME} log discard, then {ME} run for the kept commit, then this idea once more"
-    if len(night.tries) > 2:
+    if len(night.tries) > 2 and night.results.names_a_keep():
         return f"{ME} log discard"
     if "commit it first" in reason:
         return f"{ME} run --seed {night.last['seed']}"
@@ -1596,7 +1596,7 @@ def after_none(night):
 def run(experiment, seed=None, seconds=540):
     """Starts HEAD's script detached, with its output in run.log, and waits for its end."""
     night = read_night(experiment)
-    require(not night.running, f"a run is going on ({said_of(night.running)}); run: {ME} wait")
+    require_idle(night)
     changed = " and ".join(night.changed)
     require(not changed, f"{changed} is changed but not committed; run: {COMMIT}")
     if seed is None:
@@ -1646,6 +1646,12 @@ def start(experiment, place, seed):
 def said_of(facts):
     """Commit, seed and process of a started run."""
     return f"{(facts['commit'] or 'no commit')[:7]} {facts['subject']!r}, seed {facts['seed']}, process {facts['pid']}"
+
+
+def require_idle(night):
+    """Raises RefereeError while a run goes on."""
+    if night.running:
+        raise RefereeError(f"a run is going on ({said_of(night.running)}); run: {ME} wait")
 
 
 def wait(experiment, seconds=540):
@@ -1704,10 +1710,7 @@ def log(experiment, word=None, note=""):
     it goes on where it stopped, and changes nothing where it is done."""
     night = read_night(experiment)
     place = night.place
-    require(
-        not night.running,
-        f"a run is going on ({said_of(night.running or {})}); run: {ME} wait" if night.running else "",
-    )
+    require_idle(night)
     require(night.last is not None, f"{place.short} has not run yet; run: {ME} run")
     if dropped_before(night, word):
         print(f"nothing to log: {night.results.rows[-1].commit} has been dropped")
@@ -1852,7 +1855,7 @@ def trouble_lines(night):
         lines.append(f"runs: {night.skipped} damaged files are skipped")
     if night.lock:
         lines.append(f"git: {night.lock} exists; `run` and `log` remove it when no git is at work")
-    for run in [run for run in night.runs if run["why_not"]][-3:]:
+    for run in [run for run in night.runs if run["why_not"] and not run["fail"]][-3:]:
         lines.append(
             f"does not count: {(run['commit'] or 'no commit')[:7]}, seed {run['seed']}: {'; '.join(run['why_not'])}"
         )
