@@ -184,7 +184,7 @@ def _is_sound(meta, name):
             all(files[f"{split}.docs"]["bytes"] == 4 * splits[split]["documents"] for split in SPLITS),
         ]
         return all(facts)
-    except (AttributeError, KeyError, TypeError):
+    except (ArithmeticError, AttributeError, KeyError, TypeError):
         return False
 
 
