@@ -1759,7 +1759,8 @@ def own_word(night):
 def write_row(night, status, note):
     """Appends the row of HEAD's last run and says so."""
     record, place = night.last, night.place
-    subject = "baseline" if night.verdict.word == "baseline" else place.subject
+    first = [row.description for row in night.results.rows if row.is_of(place.head)][:1]
+    subject = "baseline" if night.verdict.word == "baseline" or first == ["baseline"] else place.subject
     description = f"{subject} ({note})" if note else subject
     memory = record.get("memory_mb")
     memory = f"{memory / 1024:.1f}" if isinstance(memory, (int, float)) else "0.0"

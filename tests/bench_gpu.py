@@ -41,10 +41,13 @@ ARMS = {  # name: (whose train.py, whose knobs it borrows, which)
 
 # -- the two train.py and their knobs
 
+
 def source(which):
     if which == "current":
         return (ROOT / "train.py").read_text(encoding="utf-8")
-    return subprocess.run(["git", "show", f"{REFERENCE}:train.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["git", "show", f"{REFERENCE}:train.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def load(which):
@@ -60,22 +63,30 @@ def load(which):
 
 def knobs(which, device):
     import torch
+
     module = load(which)
     if device in module.TIERS:
         return module.Knobs(**module.TIERS[device])
-    return module.Knobs(**module.TIERS[module.pick_tier(torch.device(device))[0] if torch.cuda.is_available() else "cuda-80"])
+    return module.Knobs(
+        **module.TIERS[module.pick_tier(torch.device(device))[0] if torch.cuda.is_available() else "cuda-80"]
+    )
 
 
 def arm_source(name, device):
     """train.py of an arm: its own text, with borrowed knobs laid over its tier."""
     own, other, names = ARMS[name]
-    borrowed = {key: value for key, value in dataclasses.asdict(knobs(other, device)).items() if key in names} if other else {}
+    borrowed = (
+        {key: value for key, value in dataclasses.asdict(knobs(other, device)).items() if key in names} if other else {}
+    )
     text = source(own)
-    built, = re.findall(r"Knobs\(\*\*TIERS\[([\w.]+)\]\)", text)  # the one place that builds them
-    return text.replace(f"Knobs(**TIERS[{built}])", f"Knobs(**{{**TIERS[{built}], **{borrowed!r}}})") if borrowed else text
+    (built,) = re.findall(r"Knobs\(\*\*TIERS\[([\w.]+)\]\)", text)  # the one place that builds them
+    return (
+        text.replace(f"Knobs(**TIERS[{built}])", f"Knobs(**{{**TIERS[{built}], **{borrowed!r}}})") if borrowed else text
+    )
 
 
 # -- runs
+
 
 def abba(arms, seeds):
     """[(arm, seed), ...]: every other seed in reversed order, so that a drift of the machine hits all arms alike."""
@@ -87,10 +98,17 @@ def run(text, seed, seconds, scratch):
     folder = Path(tempfile.mkdtemp(dir=scratch))
     shutil.copy(ROOT / "prepare.py", folder)
     (folder / "train.py").write_text(text, encoding="utf-8")
-    env = {**os.environ, "SEED": str(seed), "TIME_BUDGET": str(seconds), "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor"}
+    env = {
+        **os.environ,
+        "SEED": str(seed),
+        "TIME_BUDGET": str(seconds),
+        "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",
+    }
     began = time.monotonic()
     with open(folder / "run.log", "w") as log:
-        status = subprocess.run([sys.executable, "train.py"], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        status = subprocess.run(
+            [sys.executable, "train.py"], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
     wall, log = time.monotonic() - began, (folder / "run.log").read_text()
     if status.returncode:
         raise RuntimeError(log[-2000:])
@@ -99,10 +117,17 @@ def run(text, seed, seconds, scratch):
     number = lambda key: math.nan if line(key) == "n/a" else float(line(key))
     losses = re.findall(r"\| loss (\d+\.\d+) \|", log)
     imports = wall - number("total_seconds")  # before prepare.py began to count, and after it ended
-    return {"tokens_s": record["tokens"] / record["seconds"], "mfu": number("mfu_percent"), "start": imports + record["startup"],
-            "evaluation": number("total_seconds") - record["startup"] - record["seconds"], "val_bpb": record["val_bpb"],
-            "memory_gb": number("peak_vram_mb") / 1024, "epochs": number("epochs"), "steps": int(line("num_steps")),
-            "train_loss": float(losses[-1]) if losses else math.nan}
+    return {
+        "tokens_s": record["tokens"] / record["seconds"],
+        "mfu": number("mfu_percent"),
+        "start": imports + record["startup"],
+        "evaluation": number("total_seconds") - record["startup"] - record["seconds"],
+        "val_bpb": record["val_bpb"],
+        "memory_gb": number("peak_vram_mb") / 1024,
+        "epochs": number("epochs"),
+        "steps": int(line("num_steps")),
+        "train_loss": float(losses[-1]) if losses else math.nan,
+    }
 
 
 def spread(values):
@@ -114,10 +139,15 @@ def table(results, nats_per_bpb):
     nats_per_bpb: nats a token that make 1 bit a byte, for the gap between val and train loss."""
     mean = lambda arm, key: statistics.fmean(r[key] for r in results[arm])
     base = next(iter(results))
-    lines = [f"{'arm':<10} {'n':>2} {'tokens/s':>11} {'speed':>6} {'MFU%':>6} {'cold_s':>7} {'warm_s':>7} {'eval_s':>7} {'steps':>6} "
-             f"{'val_bpb':>9} {'sd':>8} {'ratio':>7} {'+-':>7} {'GB':>6} {'epochs':>7} {'gap':>7}"]
+    lines = [
+        f"{'arm':<10} {'n':>2} {'tokens/s':>11} {'speed':>6} {'MFU%':>6} {'cold_s':>7} {'warm_s':>7} {'eval_s':>7} {'steps':>6} "
+        f"{'val_bpb':>9} {'sd':>8} {'ratio':>7} {'+-':>7} {'GB':>6} {'epochs':>7} {'gap':>7}"
+    ]
     for arm, runs in results.items():
-        errors = [spread([r["val_bpb"] for r in results[a]]) / math.sqrt(len(results[a])) / mean(a, "val_bpb") for a in (arm, base)]
+        errors = [
+            spread([r["val_bpb"] for r in results[a]]) / math.sqrt(len(results[a])) / mean(a, "val_bpb")
+            for a in (arm, base)
+        ]
         ratio = mean(arm, "val_bpb") / mean(base, "val_bpb")
         warm = [r["start"] for r in runs[1:]] or [math.nan]
         gap = nats_per_bpb * mean(arm, "val_bpb") - mean(arm, "train_loss")
@@ -126,31 +156,40 @@ def table(results, nats_per_bpb):
             f"{mean(arm, 'mfu'):>6.1f} {runs[0]['start']:>7.1f} {statistics.fmean(warm):>7.1f} {mean(arm, 'evaluation'):>7.1f} "
             f"{mean(arm, 'steps'):>6.0f} {mean(arm, 'val_bpb'):>9.6f} {spread([r['val_bpb'] for r in runs]):>8.6f} {ratio:>7.4f} "
             f"{0.0 if arm == base else ratio * math.hypot(*errors):>7.4f} {mean(arm, 'memory_gb'):>6.1f} {mean(arm, 'epochs'):>7.2f} "
-            f"{gap:>7.3f}")
+            f"{gap:>7.3f}"
+        )
     return lines
 
 
 def compare(arms, seeds, seconds):
     import prepare
     import torch
+
     meta = prepare._prepared()[1]
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    print(f"dataset {meta['dataset']}, T {meta['seq_len']}, {seconds} s a run, {device}, torch {torch.__version__}", flush=True)
+    print(
+        f"dataset {meta['dataset']}, T {meta['seq_len']}, {seconds} s a run, {device}, torch {torch.__version__}",
+        flush=True,
+    )
     results, texts = {arm: [] for arm in arms}, {arm: arm_source(arm, device) for arm in arms}
     val = meta["splits"]["val"]
     with tempfile.TemporaryDirectory() as scratch:
         for arm, seed in abba(arms, seeds):
             figures = run(texts[arm], seed, seconds, scratch)
             results[arm].append(figures)
-            print(f"{arm} seed {seed}: " + ", ".join(f"{key} {value:.6g}" for key, value in figures.items()), flush=True)
+            print(
+                f"{arm} seed {seed}: " + ", ".join(f"{key} {value:.6g}" for key, value in figures.items()), flush=True
+            )
     print("\n".join(table(results, math.log(2) * val["bytes"] / val["tokens"])))
 
 
 # -- parts of a step
 
+
 def timed(function, device, repeats=20):
     """Median milliseconds."""
     import torch
+
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for _ in range(3):
         function()
@@ -169,6 +208,7 @@ def parts(which):
     import prepare
     import torch
     import torch.nn.functional as F
+
     module = load(which)
     chosen, dtype = module.pick_device()
     device, meta = chosen.type, prepare._prepared()[1]
@@ -178,22 +218,34 @@ def parts(which):
     C, H = k.width, k.width // k.head_dim
     draw = lambda *shape: torch.randn(*shape, device=device, dtype=dtype, requires_grad=True)
     show = lambda name, ms: print(f"{name:<44} {ms:9.3f} ms", flush=True)
-    print(f"{which} train.py, {rows} rows of {T}, width {C}, vocabulary {V}, {dtype}, {device}, torch {torch.__version__}")
+    print(
+        f"{which} train.py, {rows} rows of {T}, width {C}, vocabulary {V}, {dtype}, {device}, torch {torch.__version__}"
+    )
 
     def both(function, *inputs):
         out = function(*inputs)
         out.backward(torch.ones_like(out))
         for x in inputs:
             x.grad = None
+
     windows = sorted({T, int(T * k.short_window)})
     for name, path in module.ATTENTION.items():
         for window in windows:
             with contextlib.suppress(Exception):  # a path that this machine lacks
                 attend = path(chosen, T, [window])
-                fast = compiler(lambda q, key, v: attend(q, key, v, window)) if name == "flex" else lambda q, key, v: attend(q, key, v, window)
+                fast = (
+                    compiler(lambda q, key, v: attend(q, key, v, window))
+                    if name == "flex"
+                    else lambda q, key, v: attend(q, key, v, window)
+                )
                 q, key, v = (draw(rows, T, H, k.head_dim) for _ in range(3))
                 show(f"attention {name}, window {window}", timed(lambda: both(fast, q, key, v), device))
-    for name, inner, outer in (("q, k, v or out", C, C), ("MLP up", C, k.mlp_ratio * C), ("MLP down", k.mlp_ratio * C, C), ("head", C, V)):
+    for name, inner, outer in (
+        ("q, k, v or out", C, C),
+        ("MLP up", C, k.mlp_ratio * C),
+        ("MLP down", k.mlp_ratio * C, C),
+        ("head", C, V),
+    ):
         x, weight = draw(rows * T, inner), draw(outer, inner)
         show(f"GEMM {name} {inner} x {outer}", timed(lambda: both(F.linear, x, weight), device))
     logits, targets = draw(rows * T, V), torch.randint(V, (rows * T,), device=device)

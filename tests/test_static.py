@@ -28,7 +28,9 @@ def effects(text):
         if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):
             return
         if isinstance(node, ast.Call) and not re.fullmatch(
-                r"dataclass|Path|Path\(__file__\)\.resolve|time\.monotonic|_whole|range|dict|torch\.no_grad|Clock|Knobs", ast.unparse(node.func)):
+            r"dataclass|Path|Path\(__file__\)\.resolve|time\.monotonic|_whole|range|dict|torch\.no_grad|Clock|Knobs",
+            ast.unparse(node.func),
+        ):
             found.append(ast.unparse(node))
         if isinstance(node, (ast.With, ast.For, ast.While)):
             found.append(ast.unparse(node))
@@ -44,15 +46,26 @@ def test_import_is_free(name):
     assert effects(source(name)) == []
 
 
-@pytest.mark.parametrize("planted", ["print('x')", "import torch\nN = torch.cuda.device_count()", "X = open('f').read()",
-                                     "class A:\n    x = open('f')", "def f(x=open('g')): pass", "for i in range(3): pass"])
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "print('x')",
+        "import torch\nN = torch.cuda.device_count()",
+        "X = open('f').read()",
+        "class A:\n    x = open('f')",
+        "def f(x=open('g')): pass",
+        "for i in range(3): pass",
+    ],
+)
 def test_import_check_can_fail(planted):
     assert effects(planted)
 
 
 def test_import_writes_and_prints_nothing(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.dont_write_bytecode = True; import train; import torch; " \
-           "assert not torch.cuda.is_initialized()"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.dont_write_bytecode = True; import train; import torch; "
+        "assert not torch.cuda.is_initialized()"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
 
@@ -74,7 +87,13 @@ def test_map_agrees_with_rooms(name):
 
 def test_rooms_of_train():
     assert re.findall(r"^# == \d+\. ([A-Z]+)", source("train.py"), re.M) == [
-        "KNOBS", "MODEL", "OPTIMIZER", "SCHEDULE", "RUN", "CONTRACT"]
+        "KNOBS",
+        "MODEL",
+        "OPTIMIZER",
+        "SCHEDULE",
+        "RUN",
+        "CONTRACT",
+    ]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -89,13 +108,16 @@ def test_rooms_depend_upwards_only(name):
     """A top-level statement may use, when it runs, only names defined above it; a function only those of its own room
     or of rooms above."""
     text = source(name)
-    starts = [text[:m.start()].count("\n") + 1 for m in re.finditer(r"^# == \d+\.", text, re.M)]
+    starts = [text[: m.start()].count("\n") + 1 for m in re.finditer(r"^# == \d+\.", text, re.M)]
     room = lambda line: sum(start <= line for start in starts)
     module = ast.parse(text)
     defined = {}
     for node in module.body:
-        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else [
-            n.id for target in getattr(node, "targets", []) for n in ast.walk(target) if isinstance(n, ast.Name)]
+        names = (
+            [node.name]
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            else [n.id for target in getattr(node, "targets", []) for n in ast.walk(target) if isinstance(n, ast.Name)]
+        )
         defined.update({n: node.lineno for n in names})
     for node in module.body:
         for use in ast.walk(node):
@@ -105,11 +127,15 @@ def test_rooms_depend_upwards_only(name):
 
 def test_train_knows_the_project_through_the_door_only():
     import prepare
+
     tree = ast.parse(source("train.py"))
     local = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "prepare"]
     assert {a.name for n in local for a in n.names} <= set(prepare.__all__)
-    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
-            and n.value.id == "prepare"}
+    used = {
+        n.attr
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "prepare"
+    }
     assert used <= set(prepare.__all__)
 
 
@@ -121,9 +147,12 @@ def test_door_resolves(small):
 
 def test_dependencies_are_the_seven():
     import prepare
+
     project = tomllib.loads(source("pyproject.toml"))["project"]
     names = sorted(re.match(r"[\w-]+", d)[0] for d in project["dependencies"])
-    assert names == sorted(prepare.RUNTIME) == ["kernels", "numpy", "pyarrow", "requests", "rustbpe", "tiktoken", "torch"]
+    assert (
+        names == sorted(prepare.RUNTIME) == ["kernels", "numpy", "pyarrow", "requests", "rustbpe", "tiktoken", "torch"]
+    )
     assert "torch==2.13.0" in project["dependencies"] and project["requires-python"] == ">=3.11,<3.14"
 
 
