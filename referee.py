@@ -415,15 +415,16 @@ def hash_edits(experiment):
 
 # == 7. RECORDS ========================================================================================================
 
+NONE = None.__class__
 REQUIRED = {  # of a record, with the types it may have; others are the run's own facts
     "time": (str,),
-    "commit": (str, type(None)),
+    "commit": (str, NONE),
     "seed": (int,),
-    "score": (int, float, type(None)),
-    "fail": (dict, type(None)),
+    "score": (int, float, NONE),
+    "fail": (dict, NONE),
     "code": (str,),
-    "harness": (str, type(None)),
-    "device": (str, type(None)),
+    "harness": (str, NONE),
+    "device": (str, NONE),
     "why_not": (list,),
 }
 
@@ -552,7 +553,8 @@ def read_results(path):
         return Results()
     except OSError as error:
         return Results(trouble=f"results.tsv cannot be read ({error.strerror})")
-    rows, wrong, maybe_keep = [], [], False
+    rows, wrong = [], []
+    maybe_keep = False
     for number, line in enumerate(data.decode("utf-8-sig", "replace").split("\n"), 1):
         row = read_row(line)
         if row is not None:
@@ -1385,10 +1387,10 @@ def started_run(experiment):
     """What run.json says of the last run that was started here, None where there is none that can be read."""
     try:
         facts = json.loads(experiment.started.read_bytes())
-        facts["pid"], facts["birth"], facts["seed"], facts["time"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
-    return facts
+    needed = {"pid", "birth", "seed", "time", "host", "commit", "subject"}
+    return facts if isinstance(facts, dict) and needed <= set(facts) else None
 
 
 def is_running(facts):
@@ -1600,7 +1602,7 @@ def after_none(night):
 # == 16. COMMANDS ======================================================================================================
 
 
-def run(experiment, seed=None, seconds=540):
+def command_run(experiment, seed=None, seconds=540):
     """Starts HEAD's script detached, with its output in run.log, and waits for its end."""
     night = read_night(experiment)
     require_idle(night)
@@ -1611,7 +1613,7 @@ def run(experiment, seed=None, seconds=540):
     remove_stale_lock(night.place)
     facts = start(experiment, night.place, seed)
     print(f"running {said_of(facts)}; at most {seconds} s are waited for", flush=True)
-    return wait(experiment, seconds)
+    return command_wait(experiment, seconds)
 
 
 def seed_to_run(night):
@@ -1661,7 +1663,7 @@ def require_idle(night):
         raise RefereeError(f"a run is going on ({said_of(night.running)}); run: {ME} wait")
 
 
-def wait(experiment, seconds=540):
+def command_wait(experiment, seconds=540):
     """Waits for the end of the run that was started here and prints it. Returns the exit status."""
     place = repository(experiment.folder)
     facts = started_run(experiment)
@@ -1712,7 +1714,7 @@ def show_end(experiment, record):
             print(line)
 
 
-def log(experiment, word=None, note=""):
+def command_log(experiment, word=None, note=""):
     """Writes the last run of HEAD into results.tsv and, where it is dropped, goes back. Row first, git second; repeated,
     it goes on where it stopped, and changes nothing where it is done."""
     night = read_night(experiment)
@@ -1805,7 +1807,7 @@ def unlike_parent(experiment, place):
     return False
 
 
-def status(experiment):
+def command_status(experiment):
     """Prints what an agent needs after a loss of context; the last line says what to do next."""
     night = read_night(experiment)
     place, results = night.place, night.results
@@ -1870,12 +1872,16 @@ def trouble_lines(night):
     return lines
 
 
+def usage_error(message):
+    sys.exit(f"error: {message}; run: {ME} --help")
+
+
 def parse(words):
     """(command, folder, status word, options) of a command line."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="referee.py", description=__doc__.split("\n\n")[0])
-    parser.error = lambda message: sys.exit(f"error: {message}; run: {ME} --help")
+    parser.error = usage_error
     parser.add_argument("command", choices=["run", "wait", "log", "status"])
     parser.add_argument(
         "words", nargs="*", metavar="keep|discard|crash|FOLDER", help="status for log; folder of the experiment"
@@ -1900,12 +1906,12 @@ def main(words):
         command, folder, word, options = parse(words)
         experiment = find_experiment(folder)
         if command == "run":
-            return run(experiment, options.seed, options.wait)
+            return command_run(experiment, options.seed, options.wait)
         if command == "wait":
-            return wait(experiment, options.wait)
+            return command_wait(experiment, options.wait)
         if command == "log":
-            return log(experiment, word, options.note)
-        return status(experiment)
+            return command_log(experiment, word, options.note)
+        return command_status(experiment)
     except RefereeError as error:
         return f"error: {error}"
     except OSError as error:

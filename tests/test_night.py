@@ -170,7 +170,7 @@ def test_log_killed_at_any_step_is_finished_by_what_next_says(project, moment):
     assert next_step(referee(project, "status")[1]).startswith("the next idea")
 
 
-@pytest.mark.parametrize("moment", ["start", "hash_edits", "birth", "write_atomic", "said_of", "wait", "show_end"])
+@pytest.mark.parametrize("moment", ["start", "hash_edits", "birth", "write_atomic", "said_of", "command_wait", "show_end"])
 def test_run_killed_at_any_step_loses_nothing(project, moment):
     killed_at(project, ["run"], moment)
     for _ in range(4):
@@ -299,7 +299,8 @@ def test_a_hundred_ideas_killed_at_random_moments(project, tmp_path):
     """kill -9 to the agent, its shell and often the run as well, every second or so; then a new agent reads the files."""
     plan = hundred(random.Random(4))
     rng = random.Random(5)
-    kills = with_the_run = most = 0
+    kills = most = 0
+    with_the_run = 0
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     began = time.monotonic()
     while True:

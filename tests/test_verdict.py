@@ -278,7 +278,8 @@ RUNS = 100
 
 def night(rng, draw, rule):
     """Counts of a night of RUNS runs with noise sd 1: true progress, ideas, nulls, keeps, false keeps."""
-    records, statuses, truth = [], {}, 0.0
+    records, statuses = [], {}
+    truth = 0.0
     count = dict.fromkeys(("progress", "ideas", "null", "keeps", "false"), 0)
 
     def launch(number, true, seed):
@@ -290,7 +291,8 @@ def night(rng, draw, rule):
     statuses["0000000"] = "keep"
     while len(records) < RUNS:
         count["ideas"] += 1
-        change, seed, word = draw(rng), 42, "rerun"
+        change = draw(rng)
+        seed, word = 42, "rerun"
         while word == "rerun" and len(records) < RUNS:
             word = launch(count["ideas"], truth + change, seed)
             seed += 1
