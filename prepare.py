@@ -140,8 +140,8 @@ def _again(name):
 
 
 def _find(name=None):
-    """(folder, meta) of a prepared dataset, by default the one in use. Raises PrepareError where there is none, or where
-    its meta.json cannot be what preparation wrote."""
+    """(folder, meta) of a prepared dataset, by default the one in use. Raises PrepareError where there is none, or
+    where its meta.json cannot be what preparation wrote."""
     name = name or _chosen()
     require(name, f"nothing is prepared in {_home()}; run: uv run prepare.py (or --dataset python without a network)")
     known = f"choose one of {', '.join(PRESETS)} by running uv run prepare.py --dataset NAME"
@@ -285,9 +285,9 @@ class Dataset:
     files: dict  # name: open file; those of audit only where the audit was asked for
 
     def read(self, split):
-        """Arrays (ids of all documents, tokens of each document, documents of each refill) of a split. Held-out rows that
-        are read before the clock has stopped make the run's score one that does not compare. Raises PrepareError where
-        the three do not agree."""
+        """Arrays (ids of all documents, tokens of each document, documents of each refill) of a split. Held-out rows
+        that are read before the clock has stopped make the run's score one that does not compare. Raises PrepareError
+        where the three do not agree."""
         if split != "train" and referee.clock.stopped is None:
             referee.doubt("validation rows were drawn before the score")
         arrays = [
@@ -640,7 +640,7 @@ def _python_files():
 
 
 def _python_corpus(seq_len):
-    """The built-in corpus: files in the order of the hash of their identity, up to PYTHON_CHARS, exact copies left out."""
+    """The built-in corpus: files in the order of their identity's hash, up to PYTHON_CHARS, exact copies left out."""
     total = 0
     seen = {}
     parts = []  # (hash, identity of the file, text)
@@ -941,7 +941,7 @@ class Rows:
         self.plan = plan_rows(lengths.tolist(), batches.tolist(), self.T + 1, self.buffer_size)
 
     def fill(self, block):  # (n, T + 1) uint16
-        """Writes the next n rows into block; returns the epoch of the last. Raises PrepareError for an id that is none."""
+        """Writes the next n rows into block; returns the epoch of the last. Raises PrepareError for what is no id."""
         if self.plan is None:
             self._open()
         tokens = self.tokens
@@ -1040,11 +1040,10 @@ def _serve_staged(rows, B, device):
 
 
 # == 9. METRIC =========================================================================================================
-# bits per byte = the cross-entropy of the next token in nats, summed, / (ln 2 x the bytes of those tokens). The model is
-# given ids and returns logits; everything else happens here. Between the scored calls it gets others, probes, that differ
-# in what must not matter; which batches, rows and positions is drawn anew in every run from the operating system's
-# randomness, and so is the order of the calls. A probe compares scores (nats of the true targets): what moves no score
-# gains nothing, and what gains moves one.
+# bits per byte = the cross-entropy of the next tokens in nats / (ln 2 x the bytes of those tokens). The model is given
+# ids and returns logits; everything else happens here. Between the scored calls it gets others, probes, that differ in
+# what must not matter. Which batches, rows and positions, and in what order, is drawn anew in every run from the
+# operating system's randomness. A probe compares scores (nats of the true targets): what moves none gains nothing.
 
 JITTER = 0.01  # nats: what repeating a call may move
 LEAK = 1e-3  # nats: what a token that must not matter may move, unless the device's own jitter is larger
@@ -1061,7 +1060,12 @@ class Judge:
     model: Callable  # ids (B, T) -> logits (B, T, vocab)
     sizes: torch.Tensor  # (vocab,) bytes of each id, on the device
     random: np.random.Generator
-    bound: float = LEAK
+    jitter: float = 0.0  # nats by which the device itself moves a score
+
+    @property
+    def bound(self):
+        """Nats that a probe may move."""
+        return max(LEAK, 4 * self.jitter)
 
     def logits(self, ids):  # (B, T) -> (B, T, vocab)
         """Of a copy of ids: always in one layout, or a compiled model compiles again. PrepareError for what is no plain
@@ -1075,7 +1079,7 @@ class Judge:
         return logits
 
     def nats(self, ids, targets):  # (B, T), (B, T) -> (B, T) fp32
-        """Cross-entropy of the targets after ids; 0 for targets of no bytes. PrepareError for logits that are not finite."""
+        """Cross-entropy of the targets after ids; 0 for targets of no bytes. PrepareError for logits not finite."""
         logits = self.logits(ids)
         step = max(1, SLICE // logits[0].numel())
         parts = []
@@ -1141,12 +1145,9 @@ def _other_rows(judge, ids, row):
 
 def _require_repeatable(judge, ids, targets):
     """The same ids score the same, but for the device's own jitter, which widens what a probe may move."""
-    jitter = (judge.nats(ids, targets) - judge.nats(ids, targets)).abs().max().item()
-    sentence = (
-        f"the same ids scored {jitter:.2g} nats apart: the model is random (dropout?) or learns while it is judged"
-    )
-    require(jitter <= JITTER, f"{sentence}; correct train.py")
-    judge.bound = max(LEAK, 4 * jitter)
+    judge.jitter = (judge.nats(ids, targets) - judge.nats(ids, targets)).abs().max().item()
+    said = f"the same ids scored {judge.jitter:.2g} nats apart: the model is random (dropout?) or learns while it is"
+    require(judge.jitter <= JITTER, f"{said} judged; correct train.py")
 
 
 def _require_kept(judge, batch, probe, true, got):
@@ -1167,8 +1168,8 @@ def _require_kept(judge, batch, probe, true, got):
 
 
 def _draw_probes(judge, batches, B, T):
-    """{batch: functions that make its probes}. Every position is the last one kept in some row, as long as that takes no
-    more than a quarter of the scored calls; the first and the last always, and eight calls at least."""
+    """{batch: functions that make its probes}. Every position is the last one kept in some row, as long as that takes
+    no more than a quarter of the scored calls; the first and the last always. Eight calls at least."""
     random = judge.random
     calls = max(8, min(math.ceil((T - 1) / B), batches // 4))
     edges = [0, T - 2]
@@ -1210,7 +1211,7 @@ def _score_rows(judge, rows, batch_size, device):  # (N, T + 1) -> (N,) float64
     again = _score_batch(judge, on_device(number), [])
     change = (nats[number] - again).abs().max().item() / (rows.shape[1] - 1)
     sentence = f"a batch, scored again, differed by {change:.2g} nats a token: the model learns while it is judged"
-    require(change <= max(1e-4, judge.bound / 4 if judge.bound > LEAK else 0), f"{sentence}; correct train.py")
+    require(change <= max(1e-4, judge.jitter), f"{sentence}; correct train.py")
     return torch.cat([nats[number] for number in range(count)])
 
 
@@ -1274,7 +1275,7 @@ def evaluate_bpb(model, tokenizer, batch_size, **forks):
 
 
 def _threads():
-    """Threads that run code from outside the interpreter and its packages, whose own (of a compiler) are free to start."""
+    """Threads that run code from outside the interpreter and its packages, whose own are free to start."""
     known = (sysconfig.get_path("stdlib"), str(Path(torch.__file__).parent.parent), "<frozen")
     found = set()
     for thread, frame in sys._current_frames().items():

@@ -71,10 +71,15 @@ def words(seed, count):
     rng = random.Random(0)
     stock = ["".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 9))) for _ in range(300)]
     follow = {w: rng.sample(stock, 4) for w in stock}
-    rng, word, out = random.Random(seed), stock[0], []
-    for i in range(count):
+    rng = random.Random(seed)
+    word = stock[0]
+    out = []
+    for _ in range(count):
         word = rng.choice(follow[word]) if rng.random() < 0.9 else rng.choice(stock)
-        out.append(word + (".\n\n" if rng.random() < 0.02 else " é " if rng.random() < 0.01 else " "))
+        if rng.random() < 0.02:
+            out.append(word + ".\n\n")
+        else:
+            out.append(word + (" é " if rng.random() < 0.01 else " "))
     return "".join(out)
 
 
@@ -103,20 +108,24 @@ def run_prepare(*args, env=None):
     """The same within this process: argv, environment, output and exit status as a shell would have them."""
     import prepare
 
-    argv, sys.argv = sys.argv, ["prepare.py", *map(str, args)]
-    before, out, err, status = dict(os.environ), io.StringIO(), io.StringIO(), 0
+    argv = sys.argv
+    before = dict(os.environ)
+    out = io.StringIO()
+    err = io.StringIO()
+    status = 0
+    sys.argv = ["prepare.py", *map(str, args)]
     os.environ.update(env or {})
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                prepare.main()
-            except SystemExit as end:
-                status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-                if isinstance(end.code, str):
-                    print(end.code, file=sys.stderr)
-            except BaseException:
-                traceback.print_exc()
-                status = 1
+            prepare.main()
+    except SystemExit as end:
+        status = end.code or 0
+        if isinstance(status, str):
+            err.write(f"{status}\n")
+            status = 1
+    except BaseException:
+        err.write(traceback.format_exc())
+        status = 1
     finally:
         sys.argv = argv
         os.environ.clear()
