@@ -17,6 +17,7 @@ Letters: B rows, T positions, C width, H heads, D channels of a head, V vocabula
 
 import contextlib
 import gc
+import os
 import random
 import re
 import sys
@@ -859,4 +860,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch first uses the GPU
     guard(main)
