@@ -63,7 +63,9 @@ class Knobs:
     batch_tokens: int = 2**17  # tokens an optimizer step
     micro_tokens: int = 2**17  # tokens at a time: 64 rows of 2,048; halved when memory runs out
     eval_tokens: int = 2**18  # tokens at a time in evaluation
-    bytes_per_token: int = 190_000  # GPU memory a token at a time needs: the reference's 45 GB for 2**18, and a tenth
+    # GPU memory of a token at a time, in bytes: for each channel of a block, for each logit
+    block_bytes: float = 46.0
+    logit_bytes: float = 2.7
     # optimizer; AdamW's rates but the scalars' are for width 768 and grow with (C / 768) ** -0.5
     matrix_lr: float = 0.04  # Muon, times sqrt(max(1, rows / columns))
     embedding_lr: float = 0.9
@@ -670,7 +672,7 @@ def without_trace(model, optimizer, device):
             accelerator.set_rng_state(on_device)
 
 
-def fitting_rows(knobs, T, device):
+def fitting_rows(knobs, vocab_size, T, device):
     """Rows of a micro-batch and of an evaluation batch, halved until the GPU's memory should hold them: finding out
     costs a compilation each time."""
     rows = max(1, knobs.micro_tokens // T)
@@ -678,10 +680,19 @@ def fitting_rows(knobs, T, device):
     if device.type != "cuda":
         return rows, eval_rows
     memory = torch.cuda.get_device_properties(device).total_memory
-    while rows > 1 and rows * T * knobs.bytes_per_token > memory:
-        rows = rows // 2
-        eval_rows = max(1, eval_rows // 2)
-    return rows, eval_rows
+    needed = T * (knobs.block_bytes * knobs.depth * knobs.width + knobs.logit_bytes * vocab_size)  # bytes a row
+    fitting = rows
+    while fitting > 1 and fitting * needed > memory:
+        fitting //= 2
+    if fitting < rows:
+        print(f"{rows} rows at a time would need {rows * needed / 2**30:.1f} GB: {fitting} instead", flush=True)
+    return fitting, max(1, eval_rows * fitting // rows)
+
+
+def ran_out_of_memory(error):
+    """CUDA runs out of memory in more ways than one: in torch's allocator, in cuBLAS, while a kernel is loaded."""
+    text = str(error)
+    return "out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
 
 
 def check_grads(model):
@@ -692,41 +703,65 @@ def check_grads(model):
         raise PrepareError(f"no gradient reaches {names}; use them in the model's forward or take them out of it")
 
 
-def rehearse(model, forward, optimizer, rows, eval_rows):
-    """Two training steps and an evaluation batch on synthetic ids."""
+def synthetic(model, rows):  # -> (rows, T)
+    return torch.randint(model.head.out_features, (rows, model.T), device=model.head.weight.device)
 
-    def draw(count):  # -> (count, T)
-        return torch.randint(model.head.out_features, (count, model.T), device=model.head.weight.device)
 
+def rehearse_training(model, forward, optimizer, rows):
     for _ in range(2):  # the second step runs without compiling, and with every state in use
-        forward(draw(rows), draw(rows)).backward()
+        forward(synthetic(model, rows), synthetic(model, rows)).backward()
         check_grads(model)
         optimizer.step()
         optimizer.zero_grad()
+
+
+@torch.no_grad()
+def rehearse_evaluation(model, forward, rows):
     model.eval()
-    with torch.no_grad():
-        forward(draw(eval_rows))
+    forward(synthetic(model, rows))
     model.train()
 
 
-def warm_up(model, forward, optimizer, rows, eval_rows):
-    """Compiles and autotunes training, optimizer and evaluation, and leaves no trace.
+def largest(rows, what, attempt):
+    """Calls attempt(rows), with half the rows each time that the memory runs out; returns the rows that fit.
 
-    Returns the rows of a micro-batch and of an evaluation batch that fit the memory. torch.OutOfMemoryError: one row
-    does not. PrepareError: a parameter gets no gradient.
+    Raises what attempt raises: other errors, or out of memory with one row.
     """
     while True:
         try:
-            with without_trace(model, optimizer, model.head.weight.device):
-                rehearse(model, forward, optimizer, rows, eval_rows)
-            return rows, eval_rows
-        except torch.OutOfMemoryError:
-            if rows == 1:
+            attempt(rows)
+            return rows
+        except RuntimeError as error:
+            if rows == 1 or not ran_out_of_memory(error):
                 raise
-        torch.cuda.empty_cache()
-        rows = max(1, rows // 2)
-        eval_rows = max(1, eval_rows // 2)
-        print(f"out of memory: {rows} rows at a time instead of {2 * rows}, with more accumulation", flush=True)
+        gc.collect()  # what the error's traceback held
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        rows //= 2
+        print(f"out of memory: {rows} rows at a time instead of {2 * rows}, {what}", flush=True)
+
+
+def warm_up(model, forward, optimizer, rows, eval_rows):
+    """Compiles and autotunes training, optimizer and evaluation on synthetic ids, and leaves no trace.
+
+    Returns the rows of a micro-batch and of an evaluation batch that fit the memory. PrepareError: a parameter gets no
+    gradient. Raises what torch raises when one row does not fit.
+    """
+    device = model.head.weight.device
+
+    def training(rows):
+        with without_trace(model, optimizer, device):
+            rehearse_training(model, forward, optimizer, rows)
+
+    def evaluation(rows):
+        with without_trace(model, optimizer, device):
+            rehearse_evaluation(model, forward, rows)
+
+    rows = largest(rows, "with more accumulation", training)
+    eval_rows = largest(eval_rows, "in evaluation", evaluation)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # autotuning's copies are not the run's
+    return rows, eval_rows
 
 
 class Progress:
@@ -843,7 +878,7 @@ def main():
     )
 
     forward = compiler(model)
-    rows, eval_rows = fitting_rows(knobs, T, device)
+    rows, eval_rows = fitting_rows(knobs, tokenizer.get_vocab_size(), T, device)
     rows, eval_rows = warm_up(model, forward, optimizer, rows, eval_rows)
     accumulation = max(1, knobs.batch_tokens // (rows * T))
     loader = make_dataloader(tokenizer, rows, T, "train", device=device)
