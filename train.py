@@ -63,6 +63,7 @@ class Knobs:
     batch_tokens: int = 2**17  # tokens an optimizer step
     micro_tokens: int = 2**17  # tokens at a time: 64 rows of 2,048; halved when memory runs out
     eval_tokens: int = 2**18  # tokens at a time in evaluation
+    fp16_loss_scale: float = 2.0**15  # about a micro-batch's tokens: a token's share of the mean is too small for fp16
     # GPU memory of a token at a time, in bytes: for each channel of a block, for each logit
     block_bytes: float = 46.0
     logit_bytes: float = 2.7
@@ -224,7 +225,7 @@ class Attention(nn.Module):
         v = self.value(x).view(B, T, -1, self.head_dim)
         if self.gate is not None:
             gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))  # (B, T, H)
-            v = v + gate[..., None] * values.view_as(v)
+            v = v + gate[..., None] * values.view_as(v).to(v.dtype)
         q = self.qk_product * norm(rotate(q, cos, sin))
         k = norm(rotate(k, cos, sin))
         return self.out(self.attend(q, k, v, self.window).reshape(B, T, C))
@@ -253,7 +254,8 @@ def hash_pairs(ids, vocab_size, rows):  # ids: (B, T) -> (B, T), in [0, rows)
 class GPT(nn.Module):
     """ids (B, T) -> logits (B, T, V) in fp32, or with targets (B, T) the mean cross-entropy in nats.
 
-    attention: a name in ATTENTION. dtype: of the embedding tables and of the matrix products.
+    attention: a name in ATTENTION. dtype: of the matrix products; tables are bf16 where it is, else fp32.
+    backward() takes loss_scale times the loss. Muon and AdamW move by a gradient's direction and need not know.
     """
 
     def __init__(self, knobs, vocab_size, T, device, attention="sdpa", dtype=torch.float32):
@@ -263,6 +265,7 @@ class GPT(nn.Module):
         self.knobs = knobs
         self.T = T
         self.dtype = dtype
+        self.loss_scale = knobs.fp16_loss_scale if dtype == torch.float16 else 1.0
         pattern = (knobs.window_pattern * L)[: L - 1] + "L"
         self.windows = [T if letter == "L" else int(T * knobs.short_window) for letter in pattern]
         attend = ATTENTION[attention](device, T, self.windows)
@@ -318,7 +321,7 @@ class GPT(nn.Module):
         return norm(x)
 
     def forward(self, ids, targets=None):  # ids, targets: (B, T)
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast(ids.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             logits = self.head(self.hidden(ids)).float()  # (B, T, V)
         if self.knobs.softcap:
             logits = self.knobs.softcap * torch.tanh(logits / self.knobs.softcap)
@@ -587,10 +590,12 @@ def peak_flops(name):
 
 
 def pick_device():
-    """(device, dtype): CUDA, else MPS, else CPU; bf16 where the device computes in it."""
+    """(device, dtype): CUDA, else MPS, else CPU; bf16 where the device computes in it, fp16 on older tensor cores."""
     if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.device("cuda"), torch.bfloat16 if native else torch.float32
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.device("cuda"), torch.bfloat16
+        tensor_cores = torch.cuda.get_device_capability() >= (7, 0)  # Volta and Turing
+        return torch.device("cuda"), torch.float16 if tensor_cores else torch.float32
     if torch.backends.mps.is_available():
         return torch.device("mps"), torch.float32
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -709,7 +714,8 @@ def synthetic(model, rows):  # -> (rows, T)
 
 def rehearse_training(model, forward, optimizer, rows):
     for _ in range(2):  # the second step runs without compiling, and with every state in use
-        forward(synthetic(model, rows), synthetic(model, rows)).backward()
+        loss = forward(synthetic(model, rows), synthetic(model, rows))
+        (model.loss_scale * loss).backward()
         check_grads(model)
         optimizer.step()
         optimizer.zero_grad()
@@ -832,7 +838,7 @@ def train(model, forward, optimizer, loader, accumulation):
         loss = 0.0
         for _ in range(accumulation):
             part = forward(ids, targets) / accumulation
-            part.backward()
+            (model.loss_scale * part).backward()
             loss = loss + part.detach()
             tokens += ids.numel()
             ids, targets, epoch = next(loader)  # the host fills the next batch while the device works

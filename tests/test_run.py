@@ -252,11 +252,11 @@ def halves():
         yield ids[2:], targets[2:], epoch
 
 
-def looped(monkeypatch, budget=40, accumulation=1, forward=None, loader=None):
+def looped(monkeypatch, budget=40, accumulation=1, forward=None, loader=None, dtype=torch.float32):
     """(what train returns, the loss of every micro-batch, the model)."""
     monkeypatch.setattr(train, "clock", Ticks())
     monkeypatch.setattr(train, "TIME_BUDGET", budget)
-    model, optimizer = model_and_optimizer(seed=0)
+    model, optimizer = model_and_optimizer(seed=0, dtype=dtype)
     losses = []
 
     def spy(ids, targets):
@@ -274,6 +274,34 @@ def test_loop_learns_and_ends_with_the_budget(monkeypatch):
     assert losses[0] == pytest.approx(4.094, abs=0.01)
     assert sum(losses[-5:]) / 5 == pytest.approx(0.056, abs=0.02)
     assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_fp16_learns_what_fp32_learns(monkeypatch):
+    _, wanted, _ = looped(monkeypatch)
+    _, losses, _ = looped(monkeypatch, dtype=torch.float16)
+    assert losses == pytest.approx(wanted, abs=0.1)
+
+
+def test_fp16_gradients_are_scaled_and_the_loss_is_not(monkeypatch):
+    norms = []
+    shown = []
+    monkeypatch.setattr(train.Optimizer, "step", lambda self: norms.append(self.params()[0].grad.norm().item()))
+    monkeypatch.setattr(train.Progress, "show", lambda self, step, elapsed, loss, *rest: shown.append(loss))
+    for dtype in (torch.float32, torch.float16):
+        looped(monkeypatch, budget=1, dtype=dtype)
+    assert norms[1] == pytest.approx(2**15 * norms[0], rel=0.01)
+    assert shown[1] == pytest.approx(shown[0], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "bf16, capability, dtype",
+    [(True, (9, 0), torch.bfloat16), (False, (7, 5), torch.float16), (False, (6, 1), torch.float32)],
+)
+def test_a_gpu_computes_in_what_its_tensor_cores_have(monkeypatch, bf16, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert train.pick_device() == (CUDA, dtype)
 
 
 def test_accumulation_is_the_same_mathematics(monkeypatch):
