@@ -20,8 +20,11 @@ import gc
 import os
 import random
 import re
+import signal
 import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -155,17 +158,67 @@ def window_mask(T, window, device):  # -> (T, T) bool
 # attend(q, k, v, window) of three (B, T, H, D) that returns (B, T, H, D).
 
 
+FLASH = "kernels-community/flash-attn3"
+FLASH_SECONDS = 60  # for the hub to deliver it, out of the 300 s that a run has besides its budget
+FLEX_OPTIONS = {  # where the default blocks spill registers in the backward (200 to 744 bytes a thread at D = 128)
+    "bwd_BLOCK_M1": 32,
+    "bwd_BLOCK_N1": 64,
+    "bwd_BLOCK_M2": 64,
+    "bwd_BLOCK_N2": 32,
+    "bwd_num_stages": 2,
+}
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """TimeoutError once this takes longer, and again each second after: what cleans up may hang as well."""
+
+    def stop(number, frame):
+        raise TimeoutError(f"no answer in {seconds} s")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def cached_flash():
+    """The snapshot of FlashAttention-3 that was downloaded last, None where there is none."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(os.environ.get("KERNELS_CACHE") or HF_HUB_CACHE)
+    snapshots = cache.glob(f"*--{FLASH.replace('/', '--')}/snapshots/*")
+    return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def load_flash():
+    """The kernel's module: as LOCAL_KERNELS names it, else from the local cache, which keeps one build from run to run
+    and needs no network, else from the hub."""
+    from kernels import get_kernel, get_local_kernel
+
+    cached = cached_flash()
+    if cached is not None and "LOCAL_KERNELS" not in os.environ:
+        return get_local_kernel(cached)
+    with time_limit(FLASH_SECONDS):
+        return get_kernel(FLASH, version=1)
+
+
 def flash_attention(device, T, windows):
     """FlashAttention-3 (arXiv:2407.08608) from the Hugging Face kernels hub. Raises where it cannot be had."""
-    from kernels import get_kernel
-
-    flash = get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
+    flash = load_flash().flash_attn_func
 
     def attend(q, k, v, window):
         out = flash(q, k, v, causal=True, window_size=(window, 0))
         return out[0] if isinstance(out, tuple) else out  # older builds return the log-sum-exp too
 
     return attend
+
+
+def is_hopper(device):
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def flex_attention(device, T, windows):
@@ -179,10 +232,11 @@ def flex_attention(device, T, windows):
         return flex.create_block_mask(sees, None, None, T, T, device=device)
 
     masks = {window: block_mask(window) for window in set(windows)}
+    options = None if is_hopper(device) or device.type != "cuda" else FLEX_OPTIONS
 
     def attend(q, k, v, window):
         heads = [x.transpose(1, 2) for x in (q, k, v)]  # (B, H, T, D)
-        return flex.flex_attention(*heads, block_mask=masks[window]).transpose(1, 2)
+        return flex.flex_attention(*heads, block_mask=masks[window], kernel_options=options).transpose(1, 2)
 
     return attend
 
@@ -251,6 +305,12 @@ def hash_pairs(ids, vocab_size, rows):  # ids: (B, T) -> (B, T), in [0, rows)
     return ((pairs * 2_654_435_761 & 0xFFFF_FFFF) * rows) >> 32
 
 
+def block_windows(knobs, T):
+    """The window of each block: how many earlier tokens a position sees besides itself."""
+    pattern = (knobs.window_pattern * knobs.depth)[: knobs.depth - 1] + "L"
+    return [T if letter == "L" else int(T * knobs.short_window) for letter in pattern]
+
+
 class GPT(nn.Module):
     """ids (B, T) -> logits (B, T, V) in fp32, or with targets (B, T) the mean cross-entropy in nats.
 
@@ -266,8 +326,7 @@ class GPT(nn.Module):
         self.T = T
         self.dtype = dtype
         self.loss_scale = knobs.fp16_loss_scale if dtype == torch.float16 else 1.0
-        pattern = (knobs.window_pattern * L)[: L - 1] + "L"
-        self.windows = [T if letter == "L" else int(T * knobs.short_window) for letter in pattern]
+        self.windows = block_windows(knobs, T)
         attend = ATTENTION[attention](device, T, self.windows)
         has_values = [i % 2 == (L - 1) % 2 for i in range(L)]  # every other block, the last included
         self.embedding = nn.Embedding(vocab_size, C)
@@ -636,20 +695,64 @@ def pick_compiler(device):
     return compiled
 
 
-def pick_attention(device, dtype, head_dim, compiler):
-    """The first attention path whose forward and backward work here."""
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return "sdpa"
-    for name in ("fa3", "flex"):
-        try:
-            attend = compiler(ATTENTION[name](device, 256, [64]))
-            x = torch.randn(1, 256, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
-            attend(x, x, x, 64).sum().backward()
+def attention_names(device, dtype, compiler):
+    """Names in ATTENTION that may work here, the one to prefer first. FlexAttention needs a compiler: without one it
+    holds every row's (T, T) scores."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return ["sdpa"]
+    return ["fa3", "sdpa"] if compiler is uncompiled else ["fa3", "flex", "sdpa"]
+
+
+def attention_grads(attend, qkv, window):
+    """Forward and backward: [attend(q, k, v, window), and the gradients of q, k, v where its square is the loss]."""
+    inputs = [x.detach().requires_grad_() for x in qkv]
+    out = attend(*inputs, window)
+    out.float().square().sum().backward()
+    return [out.detach(), *(x.grad for x in inputs)]
+
+
+def check_attention(name, head_dim, device, dtype, compiler):
+    """AssertionError: this path differs from SDPA, by more than 2 %, on a window of 64 in 256 positions."""
+    qkv = torch.randn(3, 1, 256, 2, head_dim, device=device, dtype=dtype)
+    got = attention_grads(compiler(ATTENTION[name](device, 256, [64])), qkv, 64)
+    wanted = attention_grads(sdpa_attention(device, 256, [64]), qkv.float(), 64)
+    for part, ours, theirs in zip(("output", "dq", "dk", "dv"), got, wanted):
+        error = (ours.float() - theirs).norm() / theirs.norm().clamp_min(1e-9)
+        assert error < 0.02, f"its {part} is {100 * error:.0f} % off"
+
+
+def time_attention(name, shape, windows, device, dtype, compiler):
+    """Seconds of forward and backward over one call for each window. shape: (B, T, H, D)."""
+    attend = compiler(ATTENTION[name](device, shape[1], windows))
+    qkv = torch.randn(3, *shape, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(4):  # the first compiles
+        began = time.perf_counter()
+        for window in windows:
+            attention_grads(attend, qkv, window)
+        if device.type == "cuda":
             torch.cuda.synchronize()
-            return name
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def pick_attention(names, shape, windows, device, dtype, compiler):
+    """Of the paths that compute what SDPA does, as the model compiles them: FlashAttention-3 on Hopper, else the one
+    that is fastest. shape: (B, T, H, D) of a micro-batch. windows: those of its blocks."""
+    if len(names) == 1:
+        return names[0]
+    times = {}
+    for name in names:
+        try:
+            check_attention(name, shape[-1], device, dtype, compiler)
+            if name == "fa3" and is_hopper(device):
+                return name
+            times[name] = time_attention(name, shape, windows, device, dtype, compiler)
         except Exception as error:  # no network, no build for this GPU, no Triton: each raises its own
-            print(f"attention: {name} does not work here ({type(error).__name__})", flush=True)
-    return "sdpa"
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
+            print(f"attention: {name} does not work here ({type(error).__name__}: {reason})", flush=True)
+    print("attention: " + ", ".join(f"{name} {1000 * times[name]:.1f} ms" for name in times), flush=True)
+    return min(times, key=times.get, default="sdpa")
 
 
 @contextlib.contextmanager
@@ -872,9 +975,13 @@ def main():
     T = prepare.MAX_SEQ_LEN
     tier, why = pick_tier(device)
     knobs = Knobs(**TIERS[tier])
+    vocab_size = tokenizer.get_vocab_size()
+    rows, eval_rows = fitting_rows(knobs, vocab_size, T, device)
     compiler = pick_compiler(device)
-    attention = pick_attention(device, dtype, knobs.head_dim, compiler)
-    model = GPT(knobs, tokenizer.get_vocab_size(), T, device, attention, dtype)
+    names = attention_names(device, dtype, compiler)
+    shape = (rows, T, knobs.width // knobs.head_dim, knobs.head_dim)
+    attention = pick_attention(names, shape, block_windows(knobs, T), device, dtype, compiler)
+    model = GPT(knobs, vocab_size, T, device, attention, dtype)
     optimizer = make_optimizer(model, compiler)
     num_params = sum(p.numel() for p in model.parameters())
     print(
@@ -884,7 +991,6 @@ def main():
     )
 
     forward = compiler(model)
-    rows, eval_rows = fitting_rows(knobs, tokenizer.get_vocab_size(), T, device)
     rows, eval_rows = warm_up(model, forward, optimizer, rows, eval_rows)
     accumulation = max(1, knobs.batch_tokens // (rows * T))
     loader = make_dataloader(tokenizer, rows, T, "train", device=device)
