@@ -751,6 +751,7 @@ def pick_attention(names, shape, windows, device, dtype, compiler):
         except Exception as error:  # no network, no build for this GPU, no Triton: each raises its own
             reason = (str(error).strip() or "no reason given").splitlines()[0]
             print(f"attention: {name} does not work here ({type(error).__name__}: {reason})", flush=True)
+    gc.collect()  # a compiled path's graph can be a cycle, which held a gigabyte
     print("attention: " + ", ".join(f"{name} {1000 * times[name]:.1f} ms" for name in times), flush=True)
     return min(times, key=times.get, default="sdpa")
 
