@@ -166,6 +166,7 @@ FLEX_OPTIONS = {  # where the default blocks spill registers in the backward (20
     "bwd_BLOCK_M2": 64,
     "bwd_BLOCK_N2": 32,
     "bwd_num_stages": 2,
+    "bwd_num_warps": 8,
 }
 
 
@@ -697,8 +698,8 @@ def pick_compiler(device):
 
 def attention_names(device, dtype, compiler):
     """Names in ATTENTION that may work here, the one to prefer first. FlexAttention needs a compiler: without one it
-    holds every row's (T, T) scores."""
-    if device.type != "cuda" or dtype == torch.float32:
+    holds every row's (T, T) scores. Cards without bf16 have too little shared memory for the first two."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
         return ["sdpa"]
     return ["fa3", "sdpa"] if compiler is uncompiled else ["fa3", "flex", "sdpa"]
 
