@@ -17,10 +17,14 @@ Letters: B rows, T positions, C width, H heads, D channels of a head, V vocabula
 
 import contextlib
 import gc
+import os
 import random
 import re
+import signal
 import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -62,7 +66,10 @@ class Knobs:
     batch_tokens: int = 2**17  # tokens an optimizer step
     micro_tokens: int = 2**17  # tokens at a time: 64 rows of 2,048; halved when memory runs out
     eval_tokens: int = 2**18  # tokens at a time in evaluation
-    bytes_per_token: int = 190_000  # GPU memory a token at a time needs: the reference's 45 GB for 2**18, and a tenth
+    fp16_loss_scale: float = 2.0**15  # about a micro-batch's tokens: a token's share of the mean is too small for fp16
+    # GPU memory of a token at a time, in bytes: for each channel of a block, for each logit
+    block_bytes: float = 46.0
+    logit_bytes: float = 2.7
     # optimizer; AdamW's rates but the scalars' are for width 768 and grow with (C / 768) ** -0.5
     matrix_lr: float = 0.04  # Muon, times sqrt(max(1, rows / columns))
     embedding_lr: float = 0.9
@@ -151,17 +158,68 @@ def window_mask(T, window, device):  # -> (T, T) bool
 # attend(q, k, v, window) of three (B, T, H, D) that returns (B, T, H, D).
 
 
+FLASH = "kernels-community/flash-attn3"
+FLASH_SECONDS = 60  # for the hub to deliver it, out of the 300 s that a run has besides its budget
+FLEX_OPTIONS = {  # where the default blocks spill registers in the backward (200 to 744 bytes a thread at D = 128)
+    "bwd_BLOCK_M1": 32,
+    "bwd_BLOCK_N1": 64,
+    "bwd_BLOCK_M2": 64,
+    "bwd_BLOCK_N2": 32,
+    "bwd_num_stages": 2,
+    "bwd_num_warps": 8,
+}
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """TimeoutError once this takes longer, and again each second after: what cleans up may hang as well."""
+
+    def stop(number, frame):
+        raise TimeoutError(f"no answer in {seconds} s")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def cached_flash():
+    """The snapshot of FlashAttention-3 that was downloaded last, None where there is none."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(os.environ.get("KERNELS_CACHE") or HF_HUB_CACHE)
+    snapshots = cache.glob(f"*--{FLASH.replace('/', '--')}/snapshots/*")
+    return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def load_flash():
+    """The kernel's module: as LOCAL_KERNELS names it, else from the local cache, which keeps one build from run to run
+    and needs no network, else from the hub."""
+    from kernels import get_kernel, get_local_kernel
+
+    cached = cached_flash()
+    if cached is not None and "LOCAL_KERNELS" not in os.environ:
+        return get_local_kernel(cached)
+    with time_limit(FLASH_SECONDS):
+        return get_kernel(FLASH, version=1)
+
+
 def flash_attention(device, T, windows):
     """FlashAttention-3 (arXiv:2407.08608) from the Hugging Face kernels hub. Raises where it cannot be had."""
-    from kernels import get_kernel
-
-    flash = get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
+    flash = load_flash().flash_attn_func
 
     def attend(q, k, v, window):
         out = flash(q, k, v, causal=True, window_size=(window, 0))
         return out[0] if isinstance(out, tuple) else out  # older builds return the log-sum-exp too
 
     return attend
+
+
+def is_hopper(device):
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def flex_attention(device, T, windows):
@@ -175,10 +233,11 @@ def flex_attention(device, T, windows):
         return flex.create_block_mask(sees, None, None, T, T, device=device)
 
     masks = {window: block_mask(window) for window in set(windows)}
+    options = None if is_hopper(device) or device.type != "cuda" else FLEX_OPTIONS
 
     def attend(q, k, v, window):
         heads = [x.transpose(1, 2) for x in (q, k, v)]  # (B, H, T, D)
-        return flex.flex_attention(*heads, block_mask=masks[window]).transpose(1, 2)
+        return flex.flex_attention(*heads, block_mask=masks[window], kernel_options=options).transpose(1, 2)
 
     return attend
 
@@ -221,7 +280,7 @@ class Attention(nn.Module):
         v = self.value(x).view(B, T, -1, self.head_dim)
         if self.gate is not None:
             gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))  # (B, T, H)
-            v = v + gate[..., None] * values.view_as(v)
+            v = v + gate[..., None] * values.view_as(v).to(v.dtype)
         q = self.qk_product * norm(rotate(q, cos, sin))
         k = norm(rotate(k, cos, sin))
         return self.out(self.attend(q, k, v, self.window).reshape(B, T, C))
@@ -247,10 +306,17 @@ def hash_pairs(ids, vocab_size, rows):  # ids: (B, T) -> (B, T), in [0, rows)
     return ((pairs * 2_654_435_761 & 0xFFFF_FFFF) * rows) >> 32
 
 
+def block_windows(knobs, T):
+    """The window of each block: how many earlier tokens a position sees besides itself."""
+    pattern = (knobs.window_pattern * knobs.depth)[: knobs.depth - 1] + "L"
+    return [T if letter == "L" else int(T * knobs.short_window) for letter in pattern]
+
+
 class GPT(nn.Module):
     """ids (B, T) -> logits (B, T, V) in fp32, or with targets (B, T) the mean cross-entropy in nats.
 
-    attention: a name in ATTENTION. dtype: of the embedding tables and of the matrix products.
+    attention: a name in ATTENTION. dtype: of the matrix products; tables are bf16 where it is, else fp32.
+    backward() takes loss_scale times the loss. Muon and AdamW move by a gradient's direction and need not know.
     """
 
     def __init__(self, knobs, vocab_size, T, device, attention="sdpa", dtype=torch.float32):
@@ -260,8 +326,8 @@ class GPT(nn.Module):
         self.knobs = knobs
         self.T = T
         self.dtype = dtype
-        pattern = (knobs.window_pattern * L)[: L - 1] + "L"
-        self.windows = [T if letter == "L" else int(T * knobs.short_window) for letter in pattern]
+        self.loss_scale = knobs.fp16_loss_scale if dtype == torch.float16 else 1.0
+        self.windows = block_windows(knobs, T)
         attend = ATTENTION[attention](device, T, self.windows)
         has_values = [i % 2 == (L - 1) % 2 for i in range(L)]  # every other block, the last included
         self.embedding = nn.Embedding(vocab_size, C)
@@ -315,7 +381,7 @@ class GPT(nn.Module):
         return norm(x)
 
     def forward(self, ids, targets=None):  # ids, targets: (B, T)
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast(ids.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             logits = self.head(self.hidden(ids)).float()  # (B, T, V)
         if self.knobs.softcap:
             logits = self.knobs.softcap * torch.tanh(logits / self.knobs.softcap)
@@ -584,10 +650,12 @@ def peak_flops(name):
 
 
 def pick_device():
-    """(device, dtype): CUDA, else MPS, else CPU; bf16 where the device computes in it."""
+    """(device, dtype): CUDA, else MPS, else CPU; bf16 where the device computes in it, fp16 on older tensor cores."""
     if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.device("cuda"), torch.bfloat16 if native else torch.float32
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.device("cuda"), torch.bfloat16
+        tensor_cores = torch.cuda.get_device_capability() >= (7, 0)  # Volta and Turing
+        return torch.device("cuda"), torch.float16 if tensor_cores else torch.float32
     if torch.backends.mps.is_available():
         return torch.device("mps"), torch.float32
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -628,20 +696,65 @@ def pick_compiler(device):
     return compiled
 
 
-def pick_attention(device, dtype, head_dim, compiler):
-    """The first attention path whose forward and backward work here."""
+def attention_names(device, dtype, compiler):
+    """Names in ATTENTION that may work here, the one to prefer first. FlexAttention needs a compiler: without one it
+    holds every row's (T, T) scores. Cards without bf16 have too little shared memory for the first two."""
     if device.type != "cuda" or dtype != torch.bfloat16:
-        return "sdpa"
-    for name in ("fa3", "flex"):
-        try:
-            attend = compiler(ATTENTION[name](device, 256, [64]))
-            x = torch.randn(1, 256, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
-            attend(x, x, x, 64).sum().backward()
+        return ["sdpa"]
+    return ["fa3", "sdpa"] if compiler is uncompiled else ["fa3", "flex", "sdpa"]
+
+
+def attention_grads(attend, qkv, window):
+    """Forward and backward: [attend(q, k, v, window), and the gradients of q, k, v where its square is the loss]."""
+    inputs = [x.detach().requires_grad_() for x in qkv]
+    out = attend(*inputs, window)
+    out.float().square().sum().backward()
+    return [out.detach(), *(x.grad for x in inputs)]
+
+
+def check_attention(name, head_dim, device, dtype, compiler):
+    """AssertionError: this path differs from SDPA, by more than 2 %, on a window of 64 in 256 positions."""
+    qkv = torch.randn(3, 1, 256, 2, head_dim, device=device, dtype=dtype)
+    got = attention_grads(compiler(ATTENTION[name](device, 256, [64])), qkv, 64)
+    wanted = attention_grads(sdpa_attention(device, 256, [64]), qkv.float(), 64)
+    for part, ours, theirs in zip(("output", "dq", "dk", "dv"), got, wanted):
+        error = (ours.float() - theirs).norm() / theirs.norm().clamp_min(1e-9)
+        assert error < 0.02, f"its {part} is {100 * error:.0f} % off"
+
+
+def time_attention(name, shape, windows, device, dtype, compiler):
+    """Seconds of forward and backward over one call for each window. shape: (B, T, H, D)."""
+    attend = compiler(ATTENTION[name](device, shape[1], windows))
+    qkv = torch.randn(3, *shape, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(4):  # the first compiles
+        began = time.perf_counter()
+        for window in windows:
+            attention_grads(attend, qkv, window)
+        if device.type == "cuda":
             torch.cuda.synchronize()
-            return name
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def pick_attention(names, shape, windows, device, dtype, compiler):
+    """Of the paths that compute what SDPA does, as the model compiles them: FlashAttention-3 on Hopper, else the one
+    that is fastest. shape: (B, T, H, D) of a micro-batch. windows: those of its blocks."""
+    if len(names) == 1:
+        return names[0]
+    times = {}
+    for name in names:
+        try:
+            check_attention(name, shape[-1], device, dtype, compiler)
+            if name == "fa3" and is_hopper(device):
+                return name
+            times[name] = time_attention(name, shape, windows, device, dtype, compiler)
         except Exception as error:  # no network, no build for this GPU, no Triton: each raises its own
-            print(f"attention: {name} does not work here ({type(error).__name__})", flush=True)
-    return "sdpa"
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
+            print(f"attention: {name} does not work here ({type(error).__name__}: {reason})", flush=True)
+    gc.collect()  # a compiled path's graph can be a cycle, which held a gigabyte
+    print("attention: " + ", ".join(f"{name} {1000 * times[name]:.1f} ms" for name in times), flush=True)
+    return min(times, key=times.get, default="sdpa")
 
 
 @contextlib.contextmanager
@@ -669,7 +782,7 @@ def without_trace(model, optimizer, device):
             accelerator.set_rng_state(on_device)
 
 
-def fitting_rows(knobs, T, device):
+def fitting_rows(knobs, vocab_size, T, device):
     """Rows of a micro-batch and of an evaluation batch, halved until the GPU's memory should hold them: finding out
     costs a compilation each time."""
     rows = max(1, knobs.micro_tokens // T)
@@ -677,10 +790,19 @@ def fitting_rows(knobs, T, device):
     if device.type != "cuda":
         return rows, eval_rows
     memory = torch.cuda.get_device_properties(device).total_memory
-    while rows > 1 and rows * T * knobs.bytes_per_token > memory:
-        rows = rows // 2
-        eval_rows = max(1, eval_rows // 2)
-    return rows, eval_rows
+    needed = T * (knobs.block_bytes * knobs.depth * knobs.width + knobs.logit_bytes * vocab_size)  # bytes a row
+    fitting = rows
+    while fitting > 1 and fitting * needed > memory:
+        fitting //= 2
+    if fitting < rows:
+        print(f"{rows} rows at a time would need {rows * needed / 2**30:.1f} GB: {fitting} instead", flush=True)
+    return fitting, max(1, eval_rows * fitting // rows)
+
+
+def ran_out_of_memory(error):
+    """CUDA runs out of memory in more ways than one: in torch's allocator, in cuBLAS, while a kernel is loaded."""
+    text = str(error)
+    return "out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
 
 
 def check_grads(model):
@@ -691,41 +813,66 @@ def check_grads(model):
         raise PrepareError(f"no gradient reaches {names}; use them in the model's forward or take them out of it")
 
 
-def rehearse(model, forward, optimizer, rows, eval_rows):
-    """Two training steps and an evaluation batch on synthetic ids."""
+def synthetic(model, rows):  # -> (rows, T)
+    return torch.randint(model.head.out_features, (rows, model.T), device=model.head.weight.device)
 
-    def draw(count):  # -> (count, T)
-        return torch.randint(model.head.out_features, (count, model.T), device=model.head.weight.device)
 
+def rehearse_training(model, forward, optimizer, rows):
     for _ in range(2):  # the second step runs without compiling, and with every state in use
-        forward(draw(rows), draw(rows)).backward()
+        loss = forward(synthetic(model, rows), synthetic(model, rows))
+        (model.loss_scale * loss).backward()
         check_grads(model)
         optimizer.step()
         optimizer.zero_grad()
+
+
+@torch.no_grad()
+def rehearse_evaluation(model, forward, rows):
     model.eval()
-    with torch.no_grad():
-        forward(draw(eval_rows))
+    forward(synthetic(model, rows))
     model.train()
 
 
-def warm_up(model, forward, optimizer, rows, eval_rows):
-    """Compiles and autotunes training, optimizer and evaluation, and leaves no trace.
+def largest(rows, what, attempt):
+    """Calls attempt(rows), with half the rows each time that the memory runs out; returns the rows that fit.
 
-    Returns the rows of a micro-batch and of an evaluation batch that fit the memory. torch.OutOfMemoryError: one row
-    does not. PrepareError: a parameter gets no gradient.
+    Raises what attempt raises: other errors, or out of memory with one row.
     """
     while True:
         try:
-            with without_trace(model, optimizer, model.head.weight.device):
-                rehearse(model, forward, optimizer, rows, eval_rows)
-            return rows, eval_rows
-        except torch.OutOfMemoryError:
-            if rows == 1:
+            attempt(rows)
+            return rows
+        except RuntimeError as error:
+            if rows == 1 or not ran_out_of_memory(error):
                 raise
-        torch.cuda.empty_cache()
-        rows = max(1, rows // 2)
-        eval_rows = max(1, eval_rows // 2)
-        print(f"out of memory: {rows} rows at a time instead of {2 * rows}, with more accumulation", flush=True)
+        gc.collect()  # what the error's traceback held
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        rows //= 2
+        print(f"out of memory: {rows} rows at a time instead of {2 * rows}, {what}", flush=True)
+
+
+def warm_up(model, forward, optimizer, rows, eval_rows):
+    """Compiles and autotunes training, optimizer and evaluation on synthetic ids, and leaves no trace.
+
+    Returns the rows of a micro-batch and of an evaluation batch that fit the memory. PrepareError: a parameter gets no
+    gradient. Raises what torch raises when one row does not fit.
+    """
+    device = model.head.weight.device
+
+    def training(rows):
+        with without_trace(model, optimizer, device):
+            rehearse_training(model, forward, optimizer, rows)
+
+    def evaluation(rows):
+        with without_trace(model, optimizer, device):
+            rehearse_evaluation(model, forward, rows)
+
+    rows = largest(rows, "with more accumulation", training)
+    eval_rows = largest(eval_rows, "in evaluation", evaluation)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # autotuning's copies are not the run's
+    return rows, eval_rows
 
 
 class Progress:
@@ -796,7 +943,7 @@ def train(model, forward, optimizer, loader, accumulation):
         loss = 0.0
         for _ in range(accumulation):
             part = forward(ids, targets) / accumulation
-            part.backward()
+            (model.loss_scale * part).backward()
             loss = loss + part.detach()
             tokens += ids.numel()
             ids, targets, epoch = next(loader)  # the host fills the next batch while the device works
@@ -830,9 +977,13 @@ def main():
     T = prepare.MAX_SEQ_LEN
     tier, why = pick_tier(device)
     knobs = Knobs(**TIERS[tier])
+    vocab_size = tokenizer.get_vocab_size()
+    rows, eval_rows = fitting_rows(knobs, vocab_size, T, device)
     compiler = pick_compiler(device)
-    attention = pick_attention(device, dtype, knobs.head_dim, compiler)
-    model = GPT(knobs, tokenizer.get_vocab_size(), T, device, attention, dtype)
+    names = attention_names(device, dtype, compiler)
+    shape = (rows, T, knobs.width // knobs.head_dim, knobs.head_dim)
+    attention = pick_attention(names, shape, block_windows(knobs, T), device, dtype, compiler)
+    model = GPT(knobs, vocab_size, T, device, attention, dtype)
     optimizer = make_optimizer(model, compiler)
     num_params = sum(p.numel() for p in model.parameters())
     print(
@@ -842,7 +993,6 @@ def main():
     )
 
     forward = compiler(model)
-    rows, eval_rows = fitting_rows(knobs, T, device)
     rows, eval_rows = warm_up(model, forward, optimizer, rows, eval_rows)
     accumulation = max(1, knobs.batch_tokens // (rows * T))
     loader = make_dataloader(tokenizer, rows, T, "train", device=device)
@@ -859,4 +1009,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch first uses the GPU
     guard(main)

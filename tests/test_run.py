@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from reference import CPU, REFERENCE, TINY, draw_ids
 from zygote import run_script
 
@@ -122,22 +123,65 @@ def test_parameters_without_a_gradient_are_named():
         train.warm_up(model, model, optimizer, 4, 8)
 
 
-def test_out_of_memory_halves_the_micro_batch(capsys):
-    model, optimizer = model_and_optimizer()
-    most = 5
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+]
+
+
+def limited(model, error, most, most_eval):
+    """A forward that fails above so many rows."""
 
     def forward(ids, targets=None):
-        if len(ids) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        if len(ids) > (most_eval if targets is None else most):
+            raise error
         return model(ids, targets)
 
-    assert train.warm_up(model, forward, optimizer, 16, 8) == (4, 2)
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2
-    assert "4 rows at a time instead of 8" in said[1]
-    most = 0
-    with pytest.raises(torch.OutOfMemoryError):
-        train.warm_up(model, forward, optimizer, 4, 4)
+    return forward
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_out_of_memory_halves_the_batch_that_does_not_fit(capsys, error):
+    model, optimizer = model_and_optimizer()
+    assert train.warm_up(model, limited(model, error, 5, 3), optimizer, 8, 4) == (4, 2)
+    assert capsys.readouterr().out.splitlines() == [
+        "out of memory: 4 rows at a time instead of 8, with more accumulation",
+        "out of memory: 2 rows at a time instead of 4, in evaluation",
+    ]
+    with pytest.raises(type(error)):
+        train.warm_up(model, limited(model, error, 0, 9), optimizer, 4, 4)
+
+
+def test_other_errors_of_the_warm_up_end_the_run():
+    model, optimizer = model_and_optimizer()
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        train.warm_up(model, limited(model, RuntimeError("device-side assert"), 0, 0), optimizer, 8, 4)
+
+
+def test_memory_is_counted_from_the_end_of_the_warm_up(monkeypatch):
+    calls = []
+
+    def largest(rows, what, attempt):
+        calls.append(what)
+        return rows
+
+    monkeypatch.setattr(train, "largest", largest)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+    model = SimpleNamespace(head=SimpleNamespace(weight=SimpleNamespace(device=CUDA)))
+    assert train.warm_up(model, None, None, 8, 4) == (8, 4)
+    assert calls == ["with more accumulation", "in evaluation", "reset"]
+
+
+@pytest.mark.parametrize("user, wanted", [({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "x"}, "x")])
+def test_the_allocator_is_told_before_the_gpu_is_used(user, wanted):
+    text = (ROOT / "train.py").read_text()
+    environ = dict(user)
+    seen = []
+    names = {"__name__": "__main__", "main": None, "os": SimpleNamespace(environ=environ)}
+    names["guard"] = lambda main: seen.append(environ["PYTORCH_ALLOC_CONF"])
+    exec(text[text.index("if __name__ ==") :], names)
+    assert seen == [wanted]
 
 
 def gpu_of(monkeypatch, gigabytes):
@@ -148,9 +192,18 @@ def gpu_of(monkeypatch, gigabytes):
 @pytest.mark.parametrize(
     "gigabytes, rows", [(75, 128), (45, 64), (22.4, 32), (14.9, 32), (11.2, 16), (7.5, 16), (1, 2)]
 )
-def test_small_gpus_start_with_a_micro_batch_that_fits(monkeypatch, gigabytes, rows):
+def test_small_gpus_start_with_a_micro_batch_that_fits(monkeypatch, capsys, gigabytes, rows):
     gpu_of(monkeypatch, gigabytes)
-    assert train.fitting_rows(train.Knobs(**REFERENCE), 2048, CUDA) == (rows, rows)
+    assert train.fitting_rows(train.Knobs(**REFERENCE), 8192, 2048, CUDA) == (rows, rows)
+    said = "" if rows == 128 else f"128 rows at a time would need 51.4 GB: {rows} instead\n"
+    assert capsys.readouterr().out == said
+
+
+def test_a_smaller_model_fits_in_larger_batches(monkeypatch):
+    gpu_of(monkeypatch, 8)
+    half = dict(REFERENCE, width=256)
+    assert train.fitting_rows(train.Knobs(**half), 8192, 2048, CUDA)[0] == 32
+    assert train.fitting_rows(train.Knobs(**half), 65536, 2048, CUDA)[0] == 8
 
 
 CARDS = [139.8, 79.1, 79.6, 47.4, 44.4, 39.4, 31.4, 23.6, 22.1, 15.6, 11.6, 9.6, 7.7]
@@ -162,7 +215,7 @@ def test_memory_picks_the_tier_and_its_micro_batch_fits(monkeypatch, gigabytes, 
     gpu_of(monkeypatch, gigabytes)
     assert train.pick_tier(CUDA) == (f"cuda-{tier}", f"{gigabytes} GB of GPU memory")
     knobs = train.Knobs(**train.TIERS[f"cuda-{tier}"])
-    assert train.fitting_rows(knobs, 2048, CUDA)[0] == knobs.micro_tokens // 2048
+    assert train.fitting_rows(knobs, 8192, 2048, CUDA)[0] == knobs.micro_tokens // 2048
 
 
 def test_other_devices_have_one_tier():
@@ -170,7 +223,7 @@ def test_other_devices_have_one_tier():
     assert train.pick_tier(torch.device("mps")) == ("mps", "Apple's GPU")
     for name in ("cpu", "mps"):
         knobs = train.Knobs(**train.TIERS[name])
-        assert train.fitting_rows(knobs, 2048, CPU) == (knobs.micro_tokens // 2048, knobs.eval_tokens // 2048)
+        assert train.fitting_rows(knobs, 8192, 2048, CPU) == (knobs.micro_tokens // 2048, knobs.eval_tokens // 2048)
 
 
 class Ticks:
@@ -199,11 +252,11 @@ def halves():
         yield ids[2:], targets[2:], epoch
 
 
-def looped(monkeypatch, budget=40, accumulation=1, forward=None, loader=None):
+def looped(monkeypatch, budget=40, accumulation=1, forward=None, loader=None, dtype=torch.float32):
     """(what train returns, the loss of every micro-batch, the model)."""
     monkeypatch.setattr(train, "clock", Ticks())
     monkeypatch.setattr(train, "TIME_BUDGET", budget)
-    model, optimizer = model_and_optimizer(seed=0)
+    model, optimizer = model_and_optimizer(seed=0, dtype=dtype)
     losses = []
 
     def spy(ids, targets):
@@ -221,6 +274,34 @@ def test_loop_learns_and_ends_with_the_budget(monkeypatch):
     assert losses[0] == pytest.approx(4.094, abs=0.01)
     assert sum(losses[-5:]) / 5 == pytest.approx(0.056, abs=0.02)
     assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_fp16_learns_what_fp32_learns(monkeypatch):
+    _, wanted, _ = looped(monkeypatch)
+    _, losses, _ = looped(monkeypatch, dtype=torch.float16)
+    assert losses == pytest.approx(wanted, abs=0.1)
+
+
+def test_fp16_gradients_are_scaled_and_the_loss_is_not(monkeypatch):
+    norms = []
+    shown = []
+    monkeypatch.setattr(train.Optimizer, "step", lambda self: norms.append(self.params()[0].grad.norm().item()))
+    monkeypatch.setattr(train.Progress, "show", lambda self, step, elapsed, loss, *rest: shown.append(loss))
+    for dtype in (torch.float32, torch.float16):
+        looped(monkeypatch, budget=1, dtype=dtype)
+    assert norms[1] == pytest.approx(2**15 * norms[0], rel=0.01)
+    assert shown[1] == pytest.approx(shown[0], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "bf16, capability, dtype",
+    [(True, (9, 0), torch.bfloat16), (False, (7, 5), torch.float16), (False, (6, 1), torch.float32)],
+)
+def test_a_gpu_computes_in_what_its_tensor_cores_have(monkeypatch, bf16, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert train.pick_device() == (CUDA, dtype)
 
 
 def test_accumulation_is_the_same_mathematics(monkeypatch):
