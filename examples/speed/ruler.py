@@ -9,8 +9,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
-import referee  # noqa: E402  (found by the line above)
 import stopwatch  # noqa: E402
+
+import referee  # noqa: E402  (found by the line above)
 
 
 def rendering():

@@ -18,7 +18,6 @@ import gc
 import importlib.util
 import json
 import random
-import re
 import statistics
 import string
 import sys
