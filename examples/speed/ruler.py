@@ -1,6 +1,6 @@
 """The ruler of examples/speed: how long templates.py takes to render the pages, in calibration loops. Frozen.
 
-uv run ../../referee.py run     measures HEAD, in about 15 seconds; stopwatch.py says how
+uv run ../../referee.py run     measures HEAD, in about 20 seconds; stopwatch.py says how
 """
 
 import sys

@@ -296,7 +296,7 @@ def peak_memory(path, rng):
         tracemalloc.stop()
 
 
-def measure(path=HERE / "templates.py", rounds=80, templates=400):
+def measure(path=HERE / "templates.py", rounds=40, templates=400):
     """(score, figures): lower is faster. WrongOutput if anything came out differently, in whatever round."""
     require_plain(path)
     rng = random.Random(random.SystemRandom().getrandbits(64))
