@@ -581,9 +581,7 @@ def append_row(path, row, metric):
 # == 9. VERDICT ========================================================================================================
 
 STUDENT = (6.31, 2.92, 2.35, 2.13, 2.02)  # t, one-sided 95 %, for 1 to 5 degrees of freedom; 2.0 for more
-ENOUGH = (
-    3  # seeds of one file before it can be kept; like the next two chosen by the simulation in tests/test_verdict.py
-)
+ENOUGH = 3  # seeds of one file before it can be kept; this and the next two come from tests/test_verdict.py's nights
 MOST = 5  # seeds of one file, where three have not decided
 NEAR = 0.7  # of the gain that is needed: from there on another seed may decide
 SLOWED = 1.25  # a run this many times slower a step than another of the same file does not count
@@ -652,7 +650,7 @@ def judge(runs, statuses):
     mine = commits[run["commit"]]
     sd, df = pooled_noise(commits)
     noise = f"noise sd {sd:.6f}, df {df}" if df else "noise unknown"
-    noise += same_file(runs)
+    noise += same_file(runs) + same_draws(mine, sd)
     quiet = df > 0 and sd == 0  # a metric without noise: one run says all
     seed = None if len(mine) >= ENOUGH or quiet else next_seed(mine)
     after = "" if seed is None else f"next SEED={seed}; "
@@ -690,6 +688,12 @@ def same_file(runs):
         if each["code"] == run["code"] and again:
             return f"; same file as {each['commit'][:7]}: {each['score']:.6f}"
     return ""
+
+
+def same_draws(scores, sd):
+    """A phrase where the seeds of a file differ by a twentieth of the noise or less, else nothing."""
+    alike = len(scores) > 1 and max(scores.values()) - min(scores.values()) <= sd / 20
+    return "; its seeds hardly differ: does it draw from SEED?" if alike and sd > 0 else ""
 
 
 def pace(run):

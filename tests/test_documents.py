@@ -91,6 +91,7 @@ def try_command(command, home, project, hub, text_folder, locks):
         assert script in ("pytest", "ruff")
 
 
+@pytest.mark.timeout(600)  # 25 s on two free cores, minutes on one that others use
 def test_every_command_of_the_readme_runs(hub, project, text_folder, tmp_path):
     locks = tmp_path / "locks"
     locks.mkdir()
