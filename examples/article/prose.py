@@ -327,5 +327,5 @@ def notes(source, facts, guide):
     text = read_text(source)
     lines = [f"missing: {', '.join(fact)}" for fact in facts.facts if not any(kept(fact, s) for s in text.sentences)]
     lines += [f"not in the facts: {each}" for each in inventions(text, facts)]
-    lines += [f"style: {rule} {int(times)}" for rule, times in breaches(text, facts, guide).items() if times]
+    lines += [f"guide: {rule} {int(times)}" for rule, times in breaches(text, facts, guide).items() if times]
     return lines
