@@ -7,7 +7,7 @@ Rooms, each using only those above it:
 
     1. KNOBS      every number an experiment may turn, one tier for each kind of device
     2. MODEL      GPT: attention paths, blocks, embeddings, head
-    3. OPTIMIZER  Muon for matrices, AdamW for the rest, in one torch Optimizer
+    3. OPTIMIZER  Muon for matrices, AdamW for the rest
     4. SCHEDULE   learning rate, momentum and weight decay over the budget
     5. RUN        device, compilation, warm-up, the loop, what it prints
     6. CONTRACT   main(), and what the frozen half expects of it
@@ -17,10 +17,14 @@ Letters: B rows, T positions, C width, H heads, D channels of a head, V vocabula
 
 import contextlib
 import gc
+import os
 import random
 import re
+import signal
 import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,14 +32,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import prepare
-from prepare import (SEED, TIME_BUDGET, PrepareError, Tokenizer, clock, evaluate_bpb, guard, make_dataloader,
-                     print_summary)
+from prepare import SEED, TIME_BUDGET, PrepareError, Tokenizer, clock, evaluate_bpb, guard, make_dataloader
 
 # == 1. KNOBS ==========================================================================================================
 
+
 @dataclass(frozen=True)
 class Knobs:
-    """The defaults are the recipe for one H100; the tiers below change what another device needs."""
+    """The defaults are the recipe for one H100; the tiers below change what another device needs.
+
+    PrepareError names every check that the values fail.
+    """
 
     # model
     depth: int = 8  # blocks
@@ -59,7 +66,10 @@ class Knobs:
     batch_tokens: int = 2**17  # tokens an optimizer step
     micro_tokens: int = 2**17  # tokens at a time: 64 rows of 2,048; halved when memory runs out
     eval_tokens: int = 2**18  # tokens at a time in evaluation
-    bytes_per_token: int = 190_000  # GPU memory a token at a time needs: the reference's 45 GB for 2**18, and a tenth
+    fp16_loss_scale: float = 2.0**15  # about a micro-batch's tokens: a token's share of the mean is too small for fp16
+    # GPU memory of a token at a time, in bytes: for each channel of a block, for each logit
+    block_bytes: float = 46.0
+    logit_bytes: float = 2.7
     # optimizer; AdamW's rates but the scalars' are for width 768 and grow with (C / 768) ** -0.5
     matrix_lr: float = 0.04  # Muon, times sqrt(max(1, rows / columns))
     embedding_lr: float = 0.9
@@ -84,17 +94,18 @@ class Knobs:
     final_lr: float = 0.03  # share of the rate at the end
 
     def __post_init__(self):
+        counts = (self.depth, self.mlp_ratio, self.batch_tokens, self.micro_tokens, self.eval_tokens)
+        ramps = (self.warmup, self.warmdown)
         checks = {
             "width is not a multiple of head_dim": self.width % self.head_dim == 0,
             "head_dim is odd": self.head_dim % 2 == 0,
             "window_pattern has letters besides S and L": set(self.window_pattern) in ({"S"}, {"L"}, {"S", "L"}),
             "short_window is not in (0, 1]": 0 < self.short_window <= 1,
-            "softcap or bigram_rows is below 0": self.softcap >= 0 and self.bigram_rows >= 0,
-            "value_gate_channels exceeds width": 0 < self.value_gate_channels <= self.width,
-            "depth, mlp_ratio or a token count is below 1": min(
-                self.depth, self.mlp_ratio, self.batch_tokens, self.micro_tokens, self.eval_tokens) >= 1,
-            "batch_tokens is not a multiple of micro_tokens": self.batch_tokens % self.micro_tokens == 0,
-            "warmup + warmdown exceeds 1": 0 <= self.warmup and 0 <= self.warmdown and self.warmup + self.warmdown <= 1,
+            "softcap or bigram_rows is below 0": min(self.softcap, self.bigram_rows) >= 0,
+            "value_gate_channels is not between 1 and width": 0 < self.value_gate_channels <= self.width,
+            "depth, mlp_ratio or a token count is below 1": min(counts) >= 1,
+            "batch_tokens is not a multiple of micro_tokens": self.batch_tokens % max(1, self.micro_tokens) == 0,
+            "warmup or warmdown is below 0, or their sum above 1": min(ramps) >= 0 and sum(ramps) <= 1,
         }
         wrong = [reason for reason, holds in checks.items() if not holds]
         if wrong:
@@ -108,15 +119,26 @@ TIERS = {  # what differs from the table above; a GPU's memory in GB picks its r
     "cuda-12": dict(depth=4, width=384, batch_tokens=2**15, micro_tokens=2**15, eval_tokens=2**15),
     "cuda-8": dict(depth=4, width=256, batch_tokens=2**15, micro_tokens=2**14, eval_tokens=2**14),
     "mps": dict(depth=4, width=256, head_dim=64, batch_tokens=2**15, micro_tokens=2**14, eval_tokens=2**15),
-    "cpu": dict(depth=4, width=128, head_dim=64, window_pattern="L", batch_tokens=2**12, micro_tokens=2**12,
-                eval_tokens=2**14, muon_momentum_steps=100, softcap=0.0, bigram_rows=2**15),
+    "cpu": dict(
+        depth=4,
+        width=128,
+        head_dim=64,
+        window_pattern="L",
+        batch_tokens=2**12,
+        micro_tokens=2**12,
+        eval_tokens=2**14,
+        muon_momentum_steps=100,
+        softcap=0.0,
+        bigram_rows=2**15,
+    ),
 }
 
 # == 2. MODEL ==========================================================================================================
 
+
 def norm(x):
-    """RMSNorm without weights over the last axis."""
-    return F.rms_norm(x, (x.size(-1),))
+    """RMSNorm (arXiv:1910.07467) without weights over the last axis."""
+    return F.rms_norm(x, (x.size(-1),)).to(x.dtype)  # autocast returns fp32 on CUDA, bf16 on a CPU
 
 
 def rotate(x, cos, sin):  # x: (B, T, H, D); cos, sin: (T, 1, D / 2)
@@ -127,14 +149,67 @@ def rotate(x, cos, sin):  # x: (B, T, H, D); cos, sin: (T, 1, D / 2)
 
 def window_mask(T, window, device):  # -> (T, T) bool
     """True where a query (row) sees a key (column): itself and `window` earlier positions."""
-    behind = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
+    positions = torch.arange(T, device=device)
+    behind = positions[:, None] - positions
     return (behind >= 0) & (behind <= window)
+
+
+# An attention path is made for a device, T and the windows that will occur, and gives a function
+# attend(q, k, v, window) of three (B, T, H, D) that returns (B, T, H, D).
+
+
+FLASH = "kernels-community/flash-attn3"
+FLASH_SECONDS = 60  # for the hub to deliver it, out of the 300 s that a run has besides its budget
+FLEX_OPTIONS = {  # where the default blocks spill registers in the backward (200 to 744 bytes a thread at D = 128)
+    "bwd_BLOCK_M1": 32,
+    "bwd_BLOCK_N1": 64,
+    "bwd_BLOCK_M2": 64,
+    "bwd_BLOCK_N2": 32,
+    "bwd_num_stages": 2,
+    "bwd_num_warps": 8,
+}
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """TimeoutError once this takes longer, and again each second after: what cleans up may hang as well."""
+
+    def stop(number, frame):
+        raise TimeoutError(f"no answer in {seconds} s")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def cached_flash():
+    """The snapshot of FlashAttention-3 that was downloaded last, None where there is none."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(os.environ.get("KERNELS_CACHE") or HF_HUB_CACHE)
+    snapshots = cache.glob(f"*--{FLASH.replace('/', '--')}/snapshots/*")
+    return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def load_flash():
+    """The kernel's module: as LOCAL_KERNELS names it, else from the local cache, which keeps one build from run to run
+    and needs no network, else from the hub."""
+    from kernels import get_kernel, get_local_kernel
+
+    cached = cached_flash()
+    if cached is not None and "LOCAL_KERNELS" not in os.environ:
+        return get_local_kernel(cached)
+    with time_limit(FLASH_SECONDS):
+        return get_kernel(FLASH, version=1)
 
 
 def flash_attention(device, T, windows):
     """FlashAttention-3 (arXiv:2407.08608) from the Hugging Face kernels hub. Raises where it cannot be had."""
-    from kernels import get_kernel
-    flash = get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
+    flash = load_flash().flash_attn_func
 
     def attend(q, k, v, window):
         out = flash(q, k, v, causal=True, window_size=(window, 0))
@@ -143,15 +218,26 @@ def flash_attention(device, T, windows):
     return attend
 
 
+def is_hopper(device):
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def flex_attention(device, T, windows):
     """PyTorch's FlexAttention; fused where the model is compiled, and it has no backward on a CPU."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention as flex
-    see = lambda window: lambda b, h, i, j: (i >= j) & (i - j <= window)
-    masks = {window: create_block_mask(see(window), None, None, T, T, device=device) for window in set(windows)}
+    from torch.nn.attention import flex_attention as flex
+
+    def block_mask(window):
+        def sees(b, h, query, key):
+            return (query >= key) & (query - key <= window)
+
+        return flex.create_block_mask(sees, None, None, T, T, device=device)
+
+    masks = {window: block_mask(window) for window in set(windows)}
+    options = None if is_hopper(device) or device.type != "cuda" else FLEX_OPTIONS
 
     def attend(q, k, v, window):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-        return flex(q, k, v, block_mask=masks[window]).transpose(1, 2)
+        heads = [x.transpose(1, 2) for x in (q, k, v)]  # (B, H, T, D)
+        return flex.flex_attention(*heads, block_mask=masks[window], kernel_options=options).transpose(1, 2)
 
     return attend
 
@@ -161,9 +247,9 @@ def sdpa_attention(device, T, windows):
     masks = {window: window_mask(T, window, device) for window in set(windows) if window < T - 1}
 
     def attend(q, k, v, window):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        heads = [x.transpose(1, 2) for x in (q, k, v)]  # (B, H, T, D)
         mask = masks.get(window)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+        return F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
 
     return attend
 
@@ -176,20 +262,28 @@ class Attention(nn.Module):
 
     def __init__(self, knobs, attend, window, has_values):
         super().__init__()
-        C, self.head_dim, self.sharpness = knobs.width, knobs.head_dim, knobs.qk_scale**2
-        self.attend, self.window = attend, window
-        self.query, self.key, self.value, self.out = (nn.Linear(C, C, bias=False) for _ in range(4))
+        C = knobs.width
+        self.head_dim = knobs.head_dim
+        self.qk_product = knobs.qk_scale**2  # q carries the scale of both
+        self.attend = attend
+        self.window = window
+        self.query = nn.Linear(C, C, bias=False)
+        self.key = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(C, C, bias=False)
+        self.out = nn.Linear(C, C, bias=False)
         self.gate = nn.Linear(knobs.value_gate_channels, C // knobs.head_dim, bias=False) if has_values else None
 
     def forward(self, x, values, cos, sin):  # x: (B, T, C); values: (B, T, C) or None -> (B, T, C)
         B, T, C = x.shape
-        q, k, v = (project(x).view(B, T, -1, self.head_dim) for project in (self.query, self.key, self.value))
+        q = self.query(x).view(B, T, -1, self.head_dim)  # (B, T, H, D), as are k and v
+        k = self.key(x).view(B, T, -1, self.head_dim)
+        v = self.value(x).view(B, T, -1, self.head_dim)
         if self.gate is not None:
             gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))  # (B, T, H)
-            v = v + gate[..., None] * values.view_as(v)
-        dtype, q, k = q.dtype, self.sharpness * norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        out = self.attend(q.to(dtype), k.to(dtype), v.to(dtype), self.window)  # (B, T, H, D); kernels take one dtype
-        return self.out(out.reshape(B, T, C))
+            v = v + gate[..., None] * values.view_as(v).to(v.dtype)
+        q = self.qk_product * norm(rotate(q, cos, sin))
+        k = norm(rotate(k, cos, sin))
+        return self.out(self.attend(q, k, v, self.window).reshape(B, T, C))
 
 
 class Block(nn.Module):
@@ -212,15 +306,28 @@ def hash_pairs(ids, vocab_size, rows):  # ids: (B, T) -> (B, T), in [0, rows)
     return ((pairs * 2_654_435_761 & 0xFFFF_FFFF) * rows) >> 32
 
 
+def block_windows(knobs, T):
+    """The window of each block: how many earlier tokens a position sees besides itself."""
+    pattern = (knobs.window_pattern * knobs.depth)[: knobs.depth - 1] + "L"
+    return [T if letter == "L" else int(T * knobs.short_window) for letter in pattern]
+
+
 class GPT(nn.Module):
-    """ids (B, T) -> logits (B, T, V) in fp32, or with targets (B, T) the mean cross-entropy in nats."""
+    """ids (B, T) -> logits (B, T, V) in fp32, or with targets (B, T) the mean cross-entropy in nats.
+
+    attention: a name in ATTENTION. dtype: of the matrix products; tables are bf16 where it is, else fp32.
+    backward() takes loss_scale times the loss. Muon and AdamW move by a gradient's direction and need not know.
+    """
 
     def __init__(self, knobs, vocab_size, T, device, attention="sdpa", dtype=torch.float32):
         super().__init__()
-        L, C = knobs.depth, knobs.width
-        pattern = (knobs.window_pattern * L)[: L - 1] + "L"
-        self.windows = [T if letter == "L" else int(T * knobs.short_window) for letter in pattern]
-        self.knobs, self.T, self.dtype = knobs, T, dtype
+        C = knobs.width
+        L = knobs.depth
+        self.knobs = knobs
+        self.T = T
+        self.dtype = dtype
+        self.loss_scale = knobs.fp16_loss_scale if dtype == torch.float16 else 1.0
+        self.windows = block_windows(knobs, T)
         attend = ATTENTION[attention](device, T, self.windows)
         has_values = [i % 2 == (L - 1) % 2 for i in range(L)]  # every other block, the last included
         self.embedding = nn.Embedding(vocab_size, C)
@@ -234,9 +341,10 @@ class GPT(nn.Module):
         if dtype == torch.bfloat16:  # lookups move half the bytes; the matrices stay fp32 and are cast by autocast
             for table in self.tables():
                 table.to(dtype)
-        angles = torch.outer(torch.arange(T), knobs.rope_base ** -(torch.arange(0, knobs.head_dim, 2) / knobs.head_dim))
-        self.register_buffer("cos", angles.cos()[:, None].to(dtype), persistent=False)  # (T, 1, D / 2)
-        self.register_buffer("sin", angles.sin()[:, None].to(dtype), persistent=False)
+        frequencies = knobs.rope_base ** -(torch.arange(0, knobs.head_dim, 2) / knobs.head_dim)
+        angles = torch.outer(torch.arange(T), frequencies)[:, None]  # (T, 1, D / 2)
+        self.register_buffer("cos", angles.cos().to(dtype), persistent=False)
+        self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
         self.to(device)
 
     def tables(self):
@@ -250,25 +358,31 @@ class GPT(nn.Module):
         self.head.weight.normal_(std=self.knobs.head_std)
         for table in self.value_embeddings.values():
             table.weight.uniform_(-bound, bound)
-        self.bigram and self.bigram.weight.zero_()
+        if self.bigram is not None:
+            self.bigram.weight.zero_()
         for block in self.blocks:
             attention = block.attention
             for matrix in (attention.query, attention.key, attention.value, block.up):
                 matrix.weight.uniform_(-bound, bound)
-            for matrix in (attention.out, block.down, attention.gate):
-                if matrix is not None:  # a block starts as the identity, a gate at 1
-                    matrix.weight.zero_()
+            attention.out.weight.zero_()  # a block starts as the identity
+            block.down.weight.zero_()
+            if attention.gate is not None:
+                attention.gate.weight.zero_()  # a gate starts at 1
+
+    def hidden(self, ids):  # ids: (B, T) -> (B, T, C), normed
+        x = self.embedding(ids)  # (B, T, C)
+        if self.bigram is not None:
+            x = x + self.bigram(hash_pairs(ids, self.embedding.num_embeddings, self.bigram.num_embeddings))
+        x0 = norm(x)
+        x = x0
+        for i, block in enumerate(self.blocks):
+            values = self.value_embeddings[str(i)](ids) if str(i) in self.value_embeddings else None
+            x = block(self.residual_scale[i] * x + self.x0_scale[i] * x0, values, self.cos, self.sin)
+        return norm(x)
 
     def forward(self, ids, targets=None):  # ids, targets: (B, T)
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            x = self.embedding(ids)  # (B, T, C)
-            if self.bigram is not None:
-                x = x + self.bigram(hash_pairs(ids, self.embedding.num_embeddings, self.bigram.num_embeddings))
-            x = x0 = norm(x)
-            for i, block in enumerate(self.blocks):
-                values = self.value_embeddings[str(i)](ids) if str(i) in self.value_embeddings else None
-                x = block(self.residual_scale[i] * x + self.x0_scale[i] * x0, values, self.cos, self.sin)
-            logits = self.head(norm(x)).float()  # (B, T, V)
+        with torch.autocast(ids.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.head(self.hidden(ids)).float()  # (B, T, V)
         if self.knobs.softcap:
             logits = self.knobs.softcap * torch.tanh(logits / self.knobs.softcap)
         if targets is None:
@@ -278,7 +392,9 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """6 for each weight of the matrices and the head, 12 * C for each key a query may see, causality not halved."""
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        return 6 * weights + sum(12 * self.knobs.width * min(window, self.T) for window in self.windows)
+        keys = sum(min(window, self.T) for window in self.windows)
+        return 6 * weights + 12 * self.knobs.width * keys
+
 
 # == 3. OPTIMIZER ======================================================================================================
 
@@ -292,10 +408,14 @@ POLAR_EXPRESS = (
 )
 
 
+def matrix_norm(x):  # x: (N, rows, columns) -> (N, 1, 1)
+    return x.norm(dim=(-2, -1), keepdim=True)
+
+
 def orthogonalize(g, dtype):  # g: (N, rows, columns) -> the same shape, in dtype
     """Moves every singular value of each matrix close to 1."""
     x = g.to(dtype)
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)  # 1.02: bf16 must not leave the polynomials' range
+    x = x / (matrix_norm(x) * 1.02 + 1e-6)  # 1.02: bf16 must not leave the polynomials' range
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     for a, b, c in POLAR_EXPRESS:
@@ -304,20 +424,27 @@ def orthogonalize(g, dtype):  # g: (N, rows, columns) -> the same shape, in dtyp
     return x.mT if tall else x
 
 
+def variance_axis(rows, columns):
+    """The axis that NorMuon averages over: one second moment a row of a tall matrix, one a column of a wide one."""
+    return -1 if rows >= columns else -2
+
+
 def reduce_variance(u, second, beta2):  # u: (N, rows, columns)
     """NorMuon (arXiv:2510.05491): evens out the rows of a tall update (the columns of a wide one) by their running
     mean square, and gives each matrix its norm back. Updates `second` in place."""
-    axis = -1 if u.size(-2) >= u.size(-1) else -2
+    axis = variance_axis(u.size(-2), u.size(-1))
     second.copy_(beta2 * second + (1 - beta2) * u.square().mean(dim=axis, keepdim=True))
     even = u * second.clamp_min(1e-10).rsqrt()
-    length = lambda x: x.norm(dim=(-2, -1), keepdim=True)
-    return even * (length(u) / length(even).clamp_min(1e-10))
+    return even * (matrix_norm(u) / matrix_norm(even).clamp_min(1e-10))
 
 
-def muon_update(params, grads, momentum, second, lr, mu, beta2, decay, dtype):
+def muon_update(params, grads, momentum, second, *, lr, mu, beta2, decay, dtype):
     """One Muon step (Jordan et al. 2024) for N matrices of one shape: Nesterov momentum, orthogonalized, evened out;
-    weight decay only where it points the way of the update (arXiv:2510.12402)."""
-    g = torch.stack(grads).float()  # (N, rows, columns)
+    weight decay only where it points the way of the update (arXiv:2510.12402).
+
+    params, grads: N of (rows, columns). momentum: (N, rows, columns). second: reduce_variance's. dtype: of the products.
+    """
+    g = torch.stack(grads).float()
     momentum.copy_(mu * momentum + (1 - mu) * g)
     u = reduce_variance(orthogonalize(mu * momentum + (1 - mu) * g, dtype).float(), second, beta2)
     p = torch.stack(params)
@@ -326,8 +453,9 @@ def muon_update(params, grads, momentum, second, lr, mu, beta2, decay, dtype):
         param.copy_(new)
 
 
-def adamw_update(params, grads, averages, squares, lr, beta1, beta2, eps, decay, step):
-    """One AdamW step (arXiv:1711.05101) for a list of tensors of any shapes."""
+def adamw_update(params, grads, averages, squares, *, lr, betas, eps, decay, step):
+    """One AdamW step (arXiv:1711.05101) for a list of tensors of any shapes. averages, squares: a list like params."""
+    beta1, beta2 = betas
     for p, g, m, v in zip(params, grads, averages, squares):
         m.copy_(beta1 * m + (1 - beta1) * g)
         v.copy_(beta2 * v + (1 - beta2) * g * g)
@@ -335,281 +463,505 @@ def adamw_update(params, grads, averages, squares, lr, beta1, beta2, eps, decay,
         p.copy_(p * (1 - lr * decay) - lr / (1 - beta1**step) * (m / denominator))
 
 
-def rows_update(table, grad, square, lr, beta2, eps, step):
+def rows_update(table, grad, square, *, lr, beta2, eps, step):
     """One Adam step without momentum, with one second moment a row (after Adafactor, arXiv:1804.04235): for a table of
-    which a batch touches few rows, it moves a third of the memory."""
+    which a batch touches few rows, it moves a third of the memory. table: (rows, C). square: (rows, 1)."""
     g = grad.float()
     square.copy_(beta2 * square + (1 - beta2) * g.square().mean(dim=-1, keepdim=True))
     table.copy_(table - lr * g / ((square / (1 - beta2**step)).sqrt() + eps))
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Groups of kind "muon" (matrices of one shape, updated as one stack), "rows" (one table) and "adamw" (anything).
-    State is allocated here, as zeros. Rates are 0-D tensors: a compiled step is not compiled again when they change."""
+def uncompiled(function):
+    """The compiler of devices that have none."""
+    return function
 
-    def __init__(self, groups, dtype=torch.float32, compiler=lambda f: f):
-        super().__init__(groups, defaults={"step": 0, "weight_decay": 0.0})
-        self.dtype, self.rates = dtype, {}
-        for group in self.param_groups:
-            group["initial_lr"] = group["lr"]
-            params = group["params"]
-            if group["kind"] == "muon":
-                stack = torch.zeros(len(params), *params[0].shape, device=params[0].device)
-                axis = -1 if stack.size(-2) >= stack.size(-1) else -2
-                self.state[params[0]] = {"momentum": stack, "second": torch.zeros_like(stack.mean(axis, keepdim=True))}
-            elif group["kind"] == "rows":
-                self.state[params[0]] = {"square": torch.zeros(len(params[0]), 1, device=params[0].device)}
-            else:
-                for p in params:
-                    self.state[p] = {"average": torch.zeros_like(p), "square": torch.zeros_like(p)}
-        self.muon_update, self.adamw_update, self.rows_update = map(compiler, (muon_update, adamw_update, rows_update))
 
-    def rate(self, index, name, value):
-        return self.rates.setdefault((index, name), torch.zeros(())).fill_(value)
+class Group:
+    """Parameters that are updated alike. `state`, every other tensor that a step changes, is allocated at once, as
+    zeros. The rates are tensors, so that a compiled update is not compiled again when they change."""
+
+    def __init__(self, params, update, lr, weight_decay=0.0):
+        self.params = list(params)
+        self.update = update
+        self.initial_lr = lr
+        self.lr = torch.tensor(lr)
+        self.weight_decay = torch.tensor(weight_decay)
+        self.steps = torch.tensor(0.0)
+        self.state = [self.steps]
+
+    def allocate(self, *shape, dtype=torch.float32):
+        zeros = torch.zeros(shape, dtype=dtype, device=self.params[0].device)
+        self.state.append(zeros)
+        return zeros
+
+    def step(self):
+        self.steps += 1
+        self.apply([p.grad for p in self.params])
+
+
+class Muon(Group):
+    """Matrices of one shape, updated as one stack. dtype: of the matrix products."""
+
+    def __init__(self, params, update, *, lr, momentum, beta2, weight_decay, dtype=torch.float32):
+        super().__init__(params, update, lr, weight_decay)
+        N = len(self.params)
+        rows, columns = self.params[0].shape
+        self.mu = torch.tensor(momentum)
+        self.fixed = dict(beta2=beta2, dtype=dtype)
+        self.momentum = self.allocate(N, rows, columns)
+        by_row = variance_axis(rows, columns) == -1
+        self.second = self.allocate(N, rows, 1) if by_row else self.allocate(N, 1, columns)
+
+    def apply(self, grads):
+        rates = dict(lr=self.lr, mu=self.mu, decay=self.weight_decay)
+        self.update(self.params, grads, self.momentum, self.second, **rates, **self.fixed)
+
+
+class AdamW(Group):
+    """Tensors of any shapes, each with a momentum and a second moment of its own, in its dtype."""
+
+    def __init__(self, params, update, *, lr, betas, eps, weight_decay=0.0):
+        super().__init__(params, update, lr, weight_decay)
+        self.fixed = dict(betas=betas, eps=eps)
+        self.averages = [self.allocate(*p.shape, dtype=p.dtype) for p in self.params]
+        self.squares = [self.allocate(*p.shape, dtype=p.dtype) for p in self.params]
+
+    def apply(self, grads):
+        rates = dict(lr=self.lr, decay=self.weight_decay, step=self.steps)
+        self.update(self.params, grads, self.averages, self.squares, **rates, **self.fixed)
+
+
+class RowAdam(Group):
+    """One table, with one second moment a row and no momentum."""
+
+    def __init__(self, table, update, *, lr, beta2, eps):
+        super().__init__([table], update, lr)
+        self.fixed = dict(beta2=beta2, eps=eps)
+        self.square = self.allocate(len(table), 1)
+
+    def apply(self, grads):
+        self.update(self.params[0], grads[0], self.square, lr=self.lr, step=self.steps, **self.fixed)
+
+
+class Optimizer:
+    """All groups as one."""
+
+    def __init__(self, groups):
+        self.groups = groups
 
     @torch.no_grad()
     def step(self):
-        for index, group in enumerate(self.param_groups):
-            group["step"] += 1
-            params, rate = group["params"], lambda name, value: self.rate(index, name, value)
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            lr, decay = rate("lr", group["lr"]), rate("decay", group["weight_decay"])
-            if group["kind"] == "muon":
-                state = self.state[params[0]]
-                self.muon_update(params, grads, state["momentum"], state["second"], lr, rate("mu", group["momentum"]),
-                                 group["beta2"], decay, self.dtype)
-            elif group["kind"] == "rows":
-                self.rows_update(params[0], grads[0], self.state[params[0]]["square"], lr, group["betas"][1],
-                                 group["eps"], rate("step", group["step"]))
-            else:
-                state = [self.state[p] for p in params]
-                self.adamw_update(params, grads, [s["average"] for s in state], [s["square"] for s in state], lr,
-                                  *group["betas"], group["eps"], decay, rate("step", group["step"]))
+        for group in self.groups:
+            group.step()
+
+    def zero_grad(self):
+        for p in self.params():
+            p.grad = None
+
+    def params(self):
+        return [p for group in self.groups for p in group.params]
+
+    def state(self):
+        return [tensor for group in self.groups for tensor in group.state]
 
 
-def make_optimizer(model, compiler=lambda f: f):
-    """Gives every parameter of the model to exactly one group, or says which has none or several."""
+def make_optimizer(model, compiler=uncompiled):
+    """Gives every parameter of the model to exactly one group. AssertionError names those with none or several."""
     k = model.knobs
     scale = (k.width / 768) ** -0.5
-    adamw = lambda lr, params, decay=0.0, betas=k.adam_betas, kind="adamw": dict(
-        kind=kind, lr=lr, params=list(params), betas=betas, eps=k.adam_eps, weight_decay=decay)
+    adamw = compiler(adamw_update)
+    muon = compiler(muon_update)
+    common = dict(betas=k.adam_betas, eps=k.adam_eps)
+    tables = model.value_embeddings.parameters()
     groups = [
-        adamw(k.head_lr * scale, model.head.parameters(), k.head_decay),
-        adamw(k.embedding_lr * scale, model.embedding.parameters(), k.embedding_decay),
-        adamw(k.value_embedding_lr * scale, model.value_embeddings.parameters(), k.value_embedding_decay),
-        adamw(k.residual_lr, [model.residual_scale]),
-        adamw(k.x0_lr, [model.x0_scale], betas=k.x0_betas),
-        *([adamw(k.bigram_lr, model.bigram.parameters(), kind="rows")] if model.bigram else []),
+        AdamW([model.head.weight], adamw, lr=k.head_lr * scale, weight_decay=k.head_decay, **common),
+        AdamW([model.embedding.weight], adamw, lr=k.embedding_lr * scale, weight_decay=k.embedding_decay, **common),
+        AdamW(tables, adamw, lr=k.value_embedding_lr * scale, weight_decay=k.value_embedding_decay, **common),
+        AdamW([model.residual_scale], adamw, lr=k.residual_lr, **common),
+        AdamW([model.x0_scale], adamw, lr=k.x0_lr, betas=k.x0_betas, eps=k.adam_eps),
     ]
+    if model.bigram is not None:
+        update = compiler(rows_update)
+        groups.append(RowAdam(model.bigram.weight, update, lr=k.bigram_lr, beta2=k.adam_betas[1], eps=k.adam_eps))
     shapes = {}
     for matrix in model.blocks.parameters():
         shapes.setdefault(tuple(matrix.shape), []).append(matrix)
+    common = dict(momentum=k.muon_momentum[0], beta2=k.muon_beta2, weight_decay=k.weight_decay, dtype=model.dtype)
     for (rows, columns), matrices in shapes.items():
-        groups.append(dict(kind="muon", lr=k.matrix_lr * max(1, rows / columns) ** 0.5, params=matrices,
-                           momentum=k.muon_momentum[0], beta2=k.muon_beta2, weight_decay=k.weight_decay))
-    owned = [id(p) for group in groups for p in group["params"]]
+        groups.append(Muon(matrices, muon, lr=k.matrix_lr * max(1, rows / columns) ** 0.5, **common))
+    optimizer = Optimizer(groups)
+    owned = [id(p) for p in optimizer.params()]
     wrong = {name: owned.count(id(p)) for name, p in model.named_parameters() if owned.count(id(p)) != 1}
     assert not wrong, f"parameters with another number of owners than one: {wrong}"
-    return MuonAdamW(groups, dtype=model.dtype, compiler=compiler)
+    return optimizer
+
 
 # == 4. SCHEDULE =======================================================================================================
+
 
 def lr_scale(k, progress):
     """Factor on every learning rate after `progress` (0 to 1) of the budget: linear up, flat, linear down."""
     if progress < k.warmup:
         return progress / k.warmup
-    return 1.0 if progress <= 1 - k.warmdown else k.final_lr + (1 - k.final_lr) * max(0.0, 1 - progress) / k.warmdown
+    if progress <= 1 - k.warmdown:
+        return 1.0
+    return k.final_lr + (1 - k.final_lr) * max(0.0, 1 - progress) / k.warmdown
 
 
 def set_rates(optimizer, k, progress, step):
-    """step: optimizer steps already taken."""
-    share = min(1.0, step / max(1, k.muon_momentum_steps))
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * lr_scale(k, progress)
-        if group["kind"] == "muon":
-            group["momentum"] = k.muon_momentum[0] + share * (k.muon_momentum[1] - k.muon_momentum[0])
-            group["weight_decay"] = k.weight_decay * max(0.0, 1 - progress)
+    """progress: share of the budget spent, above 1 in an overrun. step: optimizer steps already taken."""
+    low, high = k.muon_momentum
+    ramp = min(1.0, step / max(1, k.muon_momentum_steps))
+    for group in optimizer.groups:
+        group.lr.fill_(group.initial_lr * lr_scale(k, progress))
+        if isinstance(group, Muon):
+            group.mu.fill_(low + ramp * (high - low))
+            group.weight_decay.fill_(k.weight_decay * max(0.0, 1 - progress))
+
 
 # == 5. RUN ============================================================================================================
 
-PEAK_TFLOPS = (  # dense bf16, by device name; first match counts
-    ("MIG", None), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100|H200|GH200", 989.5), ("B200", 2250), ("A100", 312),
-    ("L40S", 362), ("A10\\b", 125), ("L4\\b", 121), ("RTX 3090", 71), ("RTX 4090", 165), ("RTX 5090", 210),
-    ("RTX 6000 Ada", 364), ("RTX PRO 6000", 504), ("MI300X", 1307),
-)
+PEAK_TFLOPS = {  # dense bf16, by a pattern of the device's name; the first match counts
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100|H200|GH200": 989.5,
+    "B200": 2250,
+    "A100": 312,
+    "L40S": 362,
+    "A10\\b": 125,
+    "L4\\b": 121,
+    "RTX 3090": 71,
+    "RTX 4090": 165,
+    "RTX 5090": 210,
+    "RTX 6000 Ada": 364,
+    "RTX PRO 6000": 504,
+    "MI300X": 1307,
+}
 
 
 def peak_flops(name):
-    """Dense bf16 FLOP/s of a device, None where unknown."""
-    for pattern, tflops in PEAK_TFLOPS:
+    """Dense bf16 FLOP/s of a device, None where unknown, as for a slice (MIG) of one."""
+    if "MIG" in name:
+        return None
+    for pattern, tflops in PEAK_TFLOPS.items():
         if re.search(pattern, name):
-            return tflops and tflops * 1e12
+            return tflops * 1e12
     return None
 
 
 def pick_device():
-    """(device, dtype): CUDA, else MPS, else CPU; bf16 where the device computes in it."""
+    """(device, dtype): CUDA, else MPS, else CPU; bf16 where the device computes in it, fp16 on older tensor cores."""
     if torch.cuda.is_available():
-        return torch.device("cuda"), torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float32
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.device("cuda"), torch.bfloat16
+        tensor_cores = torch.cuda.get_device_capability() >= (7, 0)  # Volta and Turing
+        return torch.device("cuda"), torch.float16 if tensor_cores else torch.float32
     if torch.backends.mps.is_available():
         return torch.device("mps"), torch.float32
-    native = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.device("cpu"), torch.bfloat16 if native else torch.float32  # emulated bf16 is many times slower
 
 
 def pick_tier(device):
     """(a name in TIERS, why)."""
-    if device.type != "cuda":
-        return device.type, "no GPU" if device.type == "cpu" else "Apple's GPU"
+    if device.type == "cpu":
+        return "cpu", "no GPU"
+    if device.type == "mps":
+        return "mps", "Apple's GPU"
     gigabytes = torch.cuda.get_device_properties(device).total_memory / 2**30
     size = max((size for size in (12, 24, 48, 80) if gigabytes > 0.9 * size), default=8)  # 24 GB show as 22 to 24
     return f"cuda-{size}", f"{gigabytes:.1f} GB of GPU memory"
 
 
+def compiled(function):
+    return torch.compile(function, dynamic=False)
+
+
 def pick_compiler(device):
-    """torch.compile, or the identity where it does not work (no C++ compiler, no Triton, MPS)."""
-    compiler = lambda f: torch.compile(f, dynamic=False)
+    """torch.compile, or no compilation where it does not work (no C++ compiler, no Triton, MPS)."""
     if device.type == "mps":
-        return lambda f: f
+        return uncompiled
     torch._dynamo.config.recompile_limit = 64  # one compilation for each shape of a stack of matrices, 8 by default
+
+    def probe(x):
+        return x * 2 + 1
+
     try:
-        compiler(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-        return compiler
+        compiled(probe)(torch.ones(8, device=device))
     except Exception as error:
-        print(f"torch.compile does not work here, so everything is slower: {str(error).strip().splitlines()[0]}")
+        reason = str(error).strip().splitlines()[0]
+        print(f"torch.compile does not work here, so everything is slower: {reason}")
         torch._dynamo.reset()
-        return lambda f: f
+        return uncompiled
+    return compiled
 
 
-def pick_attention(device, dtype, head_dim, compiler):
-    """The first attention path whose forward and backward work here."""
-    if device.type == "cuda":
-        for name in ("fa3", "flex") if dtype == torch.bfloat16 else ():
-            try:
-                q = torch.randn(1, 256, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
-                attend = ATTENTION[name](device, 256, [64])
-                compiler(lambda x: attend(x, x, x, 64))(q).sum().backward()
-                torch.cuda.synchronize()
+def attention_names(device, dtype, compiler):
+    """Names in ATTENTION that may work here, the one to prefer first. FlexAttention needs a compiler: without one it
+    holds every row's (T, T) scores. Cards without bf16 have too little shared memory for the first two."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return ["sdpa"]
+    return ["fa3", "sdpa"] if compiler is uncompiled else ["fa3", "flex", "sdpa"]
+
+
+def attention_grads(attend, qkv, window):
+    """Forward and backward: [attend(q, k, v, window), and the gradients of q, k, v where its square is the loss]."""
+    inputs = [x.detach().requires_grad_() for x in qkv]
+    out = attend(*inputs, window)
+    out.float().square().sum().backward()
+    return [out.detach(), *(x.grad for x in inputs)]
+
+
+def check_attention(name, head_dim, device, dtype, compiler):
+    """AssertionError: this path differs from SDPA, by more than 2 %, on a window of 64 in 256 positions."""
+    qkv = torch.randn(3, 1, 256, 2, head_dim, device=device, dtype=dtype)
+    got = attention_grads(compiler(ATTENTION[name](device, 256, [64])), qkv, 64)
+    wanted = attention_grads(sdpa_attention(device, 256, [64]), qkv.float(), 64)
+    for part, ours, theirs in zip(("output", "dq", "dk", "dv"), got, wanted):
+        error = (ours.float() - theirs).norm() / theirs.norm().clamp_min(1e-9)
+        assert error < 0.02, f"its {part} is {100 * error:.0f} % off"
+
+
+def time_attention(name, shape, windows, device, dtype, compiler):
+    """Seconds of forward and backward over one call for each window. shape: (B, T, H, D)."""
+    attend = compiler(ATTENTION[name](device, shape[1], windows))
+    qkv = torch.randn(3, *shape, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(4):  # the first compiles
+        began = time.perf_counter()
+        for window in windows:
+            attention_grads(attend, qkv, window)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def pick_attention(names, shape, windows, device, dtype, compiler):
+    """Of the paths that compute what SDPA does, as the model compiles them: FlashAttention-3 on Hopper, else the one
+    that is fastest. shape: (B, T, H, D) of a micro-batch. windows: those of its blocks."""
+    if len(names) == 1:
+        return names[0]
+    times = {}
+    for name in names:
+        try:
+            check_attention(name, shape[-1], device, dtype, compiler)
+            if name == "fa3" and is_hopper(device):
                 return name
-            except Exception as error:  # no network, no build for this GPU, no Triton: each raises its own
-                print(f"attention: {name} does not work here ({type(error).__name__})", flush=True)
-    return "sdpa"
+            times[name] = time_attention(name, shape, windows, device, dtype, compiler)
+        except Exception as error:  # no network, no build for this GPU, no Triton: each raises its own
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
+            print(f"attention: {name} does not work here ({type(error).__name__}: {reason})", flush=True)
+    gc.collect()  # a compiled path's graph can be a cycle, which held a gigabyte
+    print("attention: " + ", ".join(f"{name} {1000 * times[name]:.1f} ms" for name in times), flush=True)
+    return min(times, key=times.get, default="sdpa")
 
 
 @contextlib.contextmanager
 def without_trace(model, optimizer, device):
-    """Puts weights, optimizer state, step counters, gradients and random generators back, in the same storages."""
-    tensors = [*model.parameters(), *model.buffers()]
-    tensors += [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    """Puts weights, optimizer state, gradients and random generators back, in the same storages."""
+    tensors = [*model.parameters(), *model.buffers(), *optimizer.state()]
     saved = [t.detach().clone() for t in tensors]
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    on_device = getattr(torch, device.type).get_rng_state() if device.type != "cpu" else None
+    python = random.getstate()
+    numpy = np.random.get_state()
+    cpu = torch.get_rng_state()
+    accelerator = getattr(torch, device.type) if device.type != "cpu" else None
+    if accelerator:
+        on_device = accelerator.get_rng_state()
     try:
         yield
     finally:
         with torch.no_grad():
             for tensor, old in zip(tensors, saved):
                 tensor.copy_(old)
-        for group, old in zip(optimizer.param_groups, groups):
-            group.update(old)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
-        if on_device is not None:
-            getattr(torch, device.type).set_rng_state(on_device)
+        if accelerator:
+            accelerator.set_rng_state(on_device)
 
 
-def fitting_rows(knobs, T, device):
+def fitting_rows(knobs, vocab_size, T, device):
     """Rows of a micro-batch and of an evaluation batch, halved until the GPU's memory should hold them: finding out
     costs a compilation each time."""
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
-    rows, eval_rows = max(1, knobs.micro_tokens // T), max(1, knobs.eval_tokens // T)
-    while rows > 1 and rows * T * knobs.bytes_per_token > memory:
-        rows, eval_rows = rows // 2, max(1, eval_rows // 2)
+    rows = max(1, knobs.micro_tokens // T)
+    eval_rows = max(1, knobs.eval_tokens // T)
+    if device.type != "cuda":
+        return rows, eval_rows
+    memory = torch.cuda.get_device_properties(device).total_memory
+    needed = T * (knobs.block_bytes * knobs.depth * knobs.width + knobs.logit_bytes * vocab_size)  # bytes a row
+    fitting = rows
+    while fitting > 1 and fitting * needed > memory:
+        fitting //= 2
+    if fitting < rows:
+        print(f"{rows} rows at a time would need {rows * needed / 2**30:.1f} GB: {fitting} instead", flush=True)
+    return fitting, max(1, eval_rows * fitting // rows)
+
+
+def ran_out_of_memory(error):
+    """CUDA runs out of memory in more ways than one: in torch's allocator, in cuBLAS, while a kernel is loaded."""
+    text = str(error)
+    return "out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
+
+
+def check_grads(model):
+    """PrepareError names the parameters that a backward pass left without a gradient."""
+    missing = [name for name, p in model.named_parameters() if p.grad is None]
+    if missing:
+        names = ", ".join(missing)
+        raise PrepareError(f"no gradient reaches {names}; use them in the model's forward or take them out of it")
+
+
+def synthetic(model, rows):  # -> (rows, T)
+    return torch.randint(model.head.out_features, (rows, model.T), device=model.head.weight.device)
+
+
+def rehearse_training(model, forward, optimizer, rows):
+    for _ in range(2):  # the second step runs without compiling, and with every state in use
+        loss = forward(synthetic(model, rows), synthetic(model, rows))
+        (model.loss_scale * loss).backward()
+        check_grads(model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def rehearse_evaluation(model, forward, rows):
+    model.eval()
+    forward(synthetic(model, rows))
+    model.train()
+
+
+def largest(rows, what, attempt):
+    """Calls attempt(rows), with half the rows each time that the memory runs out; returns the rows that fit.
+
+    Raises what attempt raises: other errors, or out of memory with one row.
+    """
+    while True:
+        try:
+            attempt(rows)
+            return rows
+        except RuntimeError as error:
+            if rows == 1 or not ran_out_of_memory(error):
+                raise
+        gc.collect()  # what the error's traceback held
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        rows //= 2
+        print(f"out of memory: {rows} rows at a time instead of {2 * rows}, {what}", flush=True)
+
+
+def warm_up(model, forward, optimizer, rows, eval_rows):
+    """Compiles and autotunes training, optimizer and evaluation on synthetic ids, and leaves no trace.
+
+    Returns the rows of a micro-batch and of an evaluation batch that fit the memory. PrepareError: a parameter gets no
+    gradient. Raises what torch raises when one row does not fit.
+    """
+    device = model.head.weight.device
+
+    def training(rows):
+        with without_trace(model, optimizer, device):
+            rehearse_training(model, forward, optimizer, rows)
+
+    def evaluation(rows):
+        with without_trace(model, optimizer, device):
+            rehearse_evaluation(model, forward, rows)
+
+    rows = largest(rows, "with more accumulation", training)
+    eval_rows = largest(eval_rows, "in evaluation", evaluation)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # autotuning's copies are not the run's
     return rows, eval_rows
 
 
-def warm_up(model, forward, optimizer, rows, eval_rows, vocab_size, device):
-    """Compiles and autotunes training, optimizer and evaluation on synthetic ids, and leaves no trace.
-    Returns the rows of a micro-batch and of an evaluation batch that fit the memory."""
-    while True:
-        try:
-            with without_trace(model, optimizer, device):
-                draw = lambda n: torch.randint(vocab_size, (n, model.T), device=device)
-                for _ in range(2):  # the second step runs without compiling, and with every state in use
-                    forward(draw(rows), draw(rows)).backward()
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                model.eval()
-                with torch.no_grad():
-                    forward(draw(eval_rows))
-                model.train()
-            return rows, eval_rows
-        except torch.OutOfMemoryError:
-            if rows == 1:
-                raise
-        torch.cuda.empty_cache()
-        rows, eval_rows = max(1, rows // 2), max(1, eval_rows // 2)
-        print(f"out of memory: {rows} rows at a time instead of {2 * rows}, with more accumulation", flush=True)
-
-
 class Progress:
-    """A live line on a terminal; a line every 12 seconds, at most 25 in all, in a file."""
+    """A live line on a terminal; a line every 12 seconds, at most 25 in all, in a file. budget: seconds."""
 
     def __init__(self, budget):
-        self.live, self.budget, self.loss, self.weight = sys.stdout.isatty(), budget, 0.0, 0.0
-        self.every, self.next = (0.2, 0.0) if self.live else (max(12, budget / 25), max(12, budget / 25))
+        self.budget = budget
+        self.live = sys.stdout.isatty()
+        self.every = 0.2 if self.live else max(12, budget / 25)  # seconds
+        self.next = 0.0 if self.live else self.every
+        self.loss = 0.0  # running sum that forgets a tenth a step, and its weight
+        self.weight = 0.0
 
     def show(self, step, elapsed, loss, tokens, epoch, scale):
-        self.loss, self.weight = 0.9 * self.loss + 0.1 * loss, 0.9 * self.weight + 0.1
+        self.loss = 0.9 * self.loss + 0.1 * loss
+        self.weight = 0.9 * self.weight + 0.1
         done = elapsed >= self.budget
         if elapsed < self.next and not done:
             return
         self.next = elapsed + self.every
-        line = (f"step {step:5d} | {elapsed:5.1f} of {self.budget} s | loss {self.loss / self.weight:.4f} | "
-                f"lr x {scale:.2f} | {tokens / elapsed:,.0f} tokens/s | epoch {epoch}")
-        print(f"\r{line}  " if self.live else line, end="\n" if done or not self.live else "", flush=True)
+        line = (
+            f"step {step:5d} | {elapsed:5.1f} of {self.budget} s | loss {self.loss / self.weight:.4f} | "
+            f"lr x {scale:.2f} | {tokens / elapsed:,.0f} tokens/s | epoch {epoch}"
+        )
+        if self.live:
+            print(f"\r{line}  ", end="\n" if done else "", flush=True)
+        else:
+            print(line, flush=True)
 
 
-def read_later(loss, step):
-    """A function that returns a loss, or raises FloatingPointError. It waits only for the work queued before this call:
-    called a step later, it lets the GPU go on."""
-    copied = torch.cuda.Event() if loss.device.type == "cuda" else None
-    copy = loss.to("cpu", non_blocking=copied is not None)  # pinned where it is asynchronous
-    copied and copied.record()
+class PendingLoss:
+    """A loss on its way to the CPU. Reading it waits only for the work queued before it was made: a step later, the
+    device goes on meanwhile."""
 
-    def read():
-        copied and copied.synchronize()
-        if not (value := copy.item()) <= 100:
-            raise FloatingPointError(f"the loss was {value} at step {step}")
+    def __init__(self, loss, step):
+        self.step = step
+        self.copied = None
+        if loss.device.type == "cuda":
+            self.loss = loss.to("cpu", non_blocking=True)  # into pinned memory
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+        else:
+            self.loss = loss.to("cpu")
+
+    def read(self):
+        """The loss in nats. FloatingPointError: it is no number, or above 100."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        value = self.loss.item()
+        if not value <= 100:
+            raise FloatingPointError(f"the loss was {value} at step {self.step}")
         return value
 
-    return read
 
+def train(model, forward, optimizer, loader, accumulation):
+    """Runs steps of `accumulation` micro-batches until the budget is spent; returns (steps, tokens).
 
-def train(model, forward, optimizer, loader, accumulation, micro_tokens):
-    """Runs steps until the budget is spent; returns (steps, tokens). FloatingPointError: the loss went wild."""
-    k, progress, step, tokens, elapsed, last = model.knobs, Progress(TIME_BUDGET), 0, 0, 0.0, None
+    FloatingPointError: the loss went wild.
+    """
+    k = model.knobs
+    progress = Progress(TIME_BUDGET)
+    step = 0
+    tokens = 0
+    elapsed = 0.0
+    pending = None
     ids, targets, epoch = next(loader)  # this starts the clock
     while elapsed < TIME_BUDGET:
         loss = 0.0
         for _ in range(accumulation):
             part = forward(ids, targets) / accumulation
-            part.backward()
+            (model.loss_scale * part).backward()
             loss = loss + part.detach()
+            tokens += ids.numel()
             ids, targets, epoch = next(loader)  # the host fills the next batch while the device works
-        this = read_later(loss, step)
+        newest = PendingLoss(loss, step)
         share = min(1.0, clock.elapsed() / TIME_BUDGET)
         set_rates(optimizer, k, share, step)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        value = (last or this)()  # a step late: meanwhile the device works
-        step, tokens, last, elapsed = step + 1, tokens + accumulation * micro_tokens, this, clock.tick()
+        optimizer.zero_grad()
+        if pending is None:
+            pending = newest  # of the first step; later ones are read a step late
+        value = pending.read()
+        pending = newest
+        step += 1
+        elapsed = clock.tick()
         progress.show(step, elapsed, value, tokens, epoch, lr_scale(k, share))
-    last()
+    pending.read()
     return step, tokens
+
 
 # == 6. CONTRACT =======================================================================================================
 # What the frozen half expects: guard() around main(); torch.manual_seed(SEED) before the first batch; nothing learned
@@ -621,30 +973,42 @@ def main():
     device, dtype = pick_device()
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
-    tokenizer, T, (tier, why) = Tokenizer.from_directory(), prepare.MAX_SEQ_LEN, pick_tier(device)
-    knobs, vocab_size = Knobs(**TIERS[tier]), tokenizer.get_vocab_size()
+    tokenizer = Tokenizer.from_directory()
+    T = prepare.MAX_SEQ_LEN
+    tier, why = pick_tier(device)
+    knobs = Knobs(**TIERS[tier])
+    vocab_size = tokenizer.get_vocab_size()
+    rows, eval_rows = fitting_rows(knobs, vocab_size, T, device)
     compiler = pick_compiler(device)
-    attention = pick_attention(device, dtype, knobs.head_dim, compiler)
+    names = attention_names(device, dtype, compiler)
+    shape = (rows, T, knobs.width // knobs.head_dim, knobs.head_dim)
+    attention = pick_attention(names, shape, block_windows(knobs, T), device, dtype, compiler)
     model = GPT(knobs, vocab_size, T, device, attention, dtype)
     optimizer = make_optimizer(model, compiler)
     num_params = sum(p.numel() for p in model.parameters())
-    print(f"{tier} tier ({why}): depth {knobs.depth}, width {knobs.width}, {num_params / 1e6:.1f}M parameters, "
-          f"{knobs.batch_tokens:,} tokens a step, {attention}, {str(dtype)[6:]}, seed {SEED}; warming up", flush=True)
+    print(
+        f"{tier} tier ({why}): depth {knobs.depth}, width {knobs.width}, {num_params / 1e6:.1f}M parameters, "
+        f"{knobs.batch_tokens:,} tokens a step, {attention}, {str(dtype)[6:]}, seed {SEED}; warming up",
+        flush=True,
+    )
 
     forward = compiler(model)
-    rows, eval_rows = fitting_rows(knobs, T, device)
-    rows, eval_rows = warm_up(model, forward, optimizer, rows, eval_rows, vocab_size, device)
+    rows, eval_rows = warm_up(model, forward, optimizer, rows, eval_rows)
     accumulation = max(1, knobs.batch_tokens // (rows * T))
     loader = make_dataloader(tokenizer, rows, T, "train", device=device)
-    gc.collect(), gc.freeze()  # what lives by now is not searched for garbage again
-    steps, tokens = train(model, forward, optimizer, loader, accumulation, rows * T)
+    gc.collect()
+    gc.freeze()  # what lives by now is not searched for garbage again
+    steps, tokens = train(model, forward, optimizer, loader, accumulation)
     evaluate_bpb(forward, tokenizer, eval_rows)
 
+    mfu = None
     peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
-    mfu = peak and model.flops_per_token() * tokens / clock.elapsed() / peak
-    print_summary(num_steps=steps, total_tokens=tokens, num_params=num_params, depth=knobs.depth, mfu=mfu,
-                  attention=attention, tier=tier)
+    if peak:
+        mfu = model.flops_per_token() * tokens / clock.elapsed() / peak
+    prepare.print_summary(steps, tokens, num_params, knobs.depth, mfu=mfu, attention=attention, tier=tier)
 
 
 if __name__ == "__main__":
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch first uses the GPU
     guard(main)

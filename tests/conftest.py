@@ -20,14 +20,29 @@ atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)  # registered early,
 REAL_HOME = Path(os.path.expanduser("~"))
 for name in ("SEED", "TIME_BUDGET", "AUDIT", "AUTORESEARCH_DATASET", "HF_ENDPOINT", "HF_TOKEN"):
     os.environ.pop(name, None)
-for name, folder in {"HOME": "home", "TMPDIR": "tmp", "AUTORESEARCH_HOME": "cache", "XDG_CACHE_HOME": "xdg",
-                     "TORCHINDUCTOR_CACHE_DIR": "inductor", "IPYTHONDIR": "ipython", "MPLCONFIGDIR": "mpl"}.items():
+for name, folder in {
+    "HOME": "home",
+    "TMPDIR": "tmp",
+    "AUTORESEARCH_HOME": "cache",
+    "XDG_CACHE_HOME": "xdg",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "IPYTHONDIR": "ipython",
+    "MPLCONFIGDIR": "mpl",
+}.items():
     (SCRATCH / folder).mkdir()
     os.environ[name] = str(SCRATCH / folder)
-os.environ.update(NO_PROXY="127.0.0.1,localhost", GIT_CONFIG_GLOBAL="/dev/null", GIT_AUTHOR_NAME="t", GIT_COMMITTER_NAME="t",
-                  GIT_AUTHOR_EMAIL="t@example.org", GIT_COMMITTER_EMAIL="t@example.org")
+os.environ.update(
+    NO_PROXY="127.0.0.1,localhost",
+    GIT_CONFIG_GLOBAL="/dev/null",
+    GIT_AUTHOR_NAME="t",
+    GIT_COMMITTER_NAME="t",
+    GIT_AUTHOR_EMAIL="t@example.org",
+    GIT_COMMITTER_EMAIL="t@example.org",
+)
 tempfile.tempdir = None
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job: the tests' children would inherit it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as in a shell's background job: the tests' children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402  (after the environment is set, as are the imports of prepare in the tests)
@@ -35,6 +50,7 @@ import pytest  # noqa: E402  (after the environment is set, as are the imports o
 
 def pytest_collection_modifyitems(items):
     import torch
+
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -55,10 +71,15 @@ def words(seed, count):
     rng = random.Random(0)
     stock = ["".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 9))) for _ in range(300)]
     follow = {w: rng.sample(stock, 4) for w in stock}
-    rng, word, out = random.Random(seed), stock[0], []
-    for i in range(count):
+    rng = random.Random(seed)
+    word = stock[0]
+    out = []
+    for _ in range(count):
         word = rng.choice(follow[word]) if rng.random() < 0.9 else rng.choice(stock)
-        out.append(word + (".\n\n" if rng.random() < 0.02 else " é " if rng.random() < 0.01 else " "))
+        if rng.random() < 0.02:
+            out.append(word + ".\n\n")
+        else:
+            out.append(word + (" é " if rng.random() < 0.01 else " "))
     return "".join(out)
 
 
@@ -72,27 +93,39 @@ def text_folder(tmp_path_factory):
 
 def spawn_prepare(*args, env=None, cwd=ROOT):
     """prepare.py in a process of its own, which costs 3 s for the imports."""
-    return subprocess.run([sys.executable, "prepare.py", *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})}, timeout=120)
+    return subprocess.run(
+        [sys.executable, "prepare.py", *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **(env or {})},
+        timeout=120,
+    )
 
 
 def run_prepare(*args, env=None):
     """The same within this process: argv, environment, output and exit status as a shell would have them."""
     import prepare
-    argv, sys.argv = sys.argv, ["prepare.py", *map(str, args)]
-    before, out, err, status = dict(os.environ), io.StringIO(), io.StringIO(), 0
+
+    argv = sys.argv
+    before = dict(os.environ)
+    out = io.StringIO()
+    err = io.StringIO()
+    status = 0
+    sys.argv = ["prepare.py", *map(str, args)]
     os.environ.update(env or {})
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                prepare.main()
-            except SystemExit as end:
-                status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-                if isinstance(end.code, str):
-                    print(end.code, file=sys.stderr)
-            except BaseException:
-                traceback.print_exc()
-                status = 1
+            prepare.main()
+    except SystemExit as end:
+        status = end.code or 0
+        if isinstance(status, str):
+            err.write(f"{status}\n")
+            status = 1
+    except BaseException:
+        err.write(traceback.format_exc())
+        status = 1
     finally:
         sys.argv = argv
         os.environ.clear()
@@ -116,29 +149,40 @@ def small_home(tmp_path_factory, text_folder):
 def small(small_home, monkeypatch):
     """The small dataset in use, with a clock and a run of this test's own; gives the prepare module."""
     import prepare
+
     monkeypatch.setenv("AUTORESEARCH_HOME", str(small_home))
     fresh_run(monkeypatch)
     return prepare
 
 
 def fresh_run(monkeypatch):
+    """A clock, a record and an opened dataset of this test's own."""
     import prepare
-    monkeypatch.setattr(prepare, "clock", prepare.Clock(prepare.TIME_BUDGET))
-    monkeypatch.setattr(prepare, "_Run", type("_Run", (prepare._Run,), {}))
+    import referee
+
+    clock = referee.Clock(referee.TIME_BUDGET)
+    monkeypatch.setattr(referee, "clock", clock)
+    monkeypatch.setattr(prepare, "clock", clock)
+    monkeypatch.setattr(referee, "this_run", referee.Run())
+    referee._watched.clear()  # files of another test, whose numbers may be given anew
+    prepare._dataset.cache_clear()
 
 
 def tree(folder):
     """Hash of every file below a folder, by name, locks left out."""
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(Path(folder).rglob("*")) if p.is_file() and p.name != "lock"}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(Path(folder).rglob("*"))
+        if p.is_file() and p.name != "lock"
+    }
 
 
 @pytest.fixture
 def project(tmp_path):
-    """A git repository with the two files, as a user has it."""
+    """A git repository with the three files, as a user has it."""
     folder = tmp_path / "project"
     folder.mkdir()
-    for name in ("prepare.py", "train.py", ".gitignore"):
+    for name in ("prepare.py", "referee.py", "train.py", ".gitignore"):
         shutil.copy(ROOT / name, folder / name)
     subprocess.run("git init -q && git add -A && git commit -qm start", shell=True, cwd=folder, check=True)
     return folder

@@ -1,35 +1,47 @@
-"""A train.py that finishes at once, behind the real guard, summary, runs.jsonl and verdict: torch is a stub, so that a
-run costs 0.3 s. A stand-in train.py imports this and calls run()."""
+"""A prepare.py without torch, copied into a project of a test: runs end at once, behind the real referee.
+
+A train.py there says what its run does:  prepare.pretend({42: 1.0, 43: 1.01}, "score", steps=10)
+"""
 
 import sys
 import time
-from types import SimpleNamespace
-from unittest.mock import MagicMock
+
+import referee
+
+__all__ = ["pretend"]
 
 
-def run(scores, does="score"):
-    """scores: val_bpb by seed. does: score, oom, nan, hang, harness or error."""
-    torch = MagicMock()
-    torch.cuda.is_available = lambda: False
-    torch.OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {})
-    sys.modules.update({"torch": torch, "torch.nn": torch.nn, "torch.nn.functional": torch.nn.functional})
-    import prepare
-    meta = {"seq_len": 64, "eval_tokens": 4096, "files": {}, "dataset": "local", "splits": {"train": {"tokens": 10**6}}}
-    prepare._prepared = lambda *_, **__: (None, meta)
+def fail(does):
+    """Raises what a real run raises."""
+    if does == "oom":
+        raise MemoryError("CUDA out of memory. Tried to allocate")
+    if does == "nan":
+        raise FloatingPointError("the loss was nan at step 3")
+    if does == "error":
+        raise ValueError("no")
+    if does == "harness":
+        raise referee.RefereeError("the model sees the future; correct train.py")
+    if does == "hang":
+        time.sleep(60)
+    if does == "exit":
+        sys.exit(0)
 
-    def main():
-        print(f"cpu tier: a stand-in, seed {prepare.SEED}; warming up\n" + "a lot of noise\n" * 200, flush=True)
-        if does == "oom":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        if does == "nan":
-            raise FloatingPointError("the loss was nan at step 3")
-        if does == "hang":
-            time.sleep(60)
-        if does == "error":
-            raise ValueError("no")
-        prepare._require(does != "harness", "the model sees the future; correct train.py")
-        prepare.clock.start()
-        prepare.clock.stop()
-        prepare._Run.score, prepare._Run.device = scores[prepare.SEED], SimpleNamespace(type="cpu")
-        prepare.print_summary(num_steps=1, total_tokens=10**6, num_params=1, depth=1)
-    prepare.guard(main, grace=2)
+
+def pretend(scores, does="score", steps=10, seconds=0.0, memory=None):
+    """scores: val_bpb by seed. steps: that the clock is told of. seconds: that the run really takes."""
+
+    def body():
+        print(f"cpu tier: a stand-in, seed {referee.SEED}; warming up\n" + "a lot of noise\n" * 200, flush=True)
+        time.sleep(seconds)
+        fail(does)
+        clock = referee.clock
+        clock.start(now=0.0)
+        for step in range(1, steps + 1):
+            clock.tick(now=step * clock.budget / steps)
+        clock.stop(now=float(clock.budget))
+        referee.this_run.score = scores[referee.SEED]
+        lines = {"val_bpb": f"{scores[referee.SEED]:.6f}", "peak_vram_mb": "n/a", "num_steps": f"{steps}"}
+        lines |= {"seed": f"{referee.SEED}", "harness": "01234567"}
+        referee.finish(lines, {"harness": "01234567", "device": "cpu (a stand-in)", "memory_mb": memory})
+
+    referee.guard(body, lambda: "cpu", referee.TIME_BUDGET + 2)

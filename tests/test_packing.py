@@ -7,17 +7,20 @@ import numpy as np
 import pytest
 import torch
 
+import referee
 from prepare import plan_rows
 
 
 def naive_rows(lengths, batches, capacity, buffer_size):
     """The rule in its plainest form: scan the whole buffer for every placement."""
+
     def stream():
         for epoch in itertools.count(1):
             at = 0
             for count in batches:
                 yield list(range(at, at + count)), epoch
                 at += count
+
     source, buffer, epoch = stream(), [], 0
     while True:
         row, room = [], capacity
@@ -38,8 +41,17 @@ def naive_rows(lengths, batches, capacity, buffer_size):
         yield row, epoch
 
 
-@pytest.mark.parametrize("seed, count, longest, capacity, buffer", [
-    (0, 700, 40, 33, 50), (1, 30, 9, 17, 100), (2, 300, 200, 65, 64), (3, 5, 3, 9, 20), (4, 400, 64, 64, 1), (5, 1, 7, 5, 3)])
+@pytest.mark.parametrize(
+    "seed, count, longest, capacity, buffer",
+    [
+        (0, 700, 40, 33, 50),
+        (1, 30, 9, 17, 100),
+        (2, 300, 200, 65, 64),
+        (3, 5, 3, 9, 20),
+        (4, 400, 64, 64, 1),
+        (5, 1, 7, 5, 3),
+    ],
+)
 def test_equal_to_the_naive_packer(seed, count, longest, capacity, buffer):
     rng = random.Random(seed)
     lengths = [rng.randint(1, longest) for _ in range(count)]
@@ -51,7 +63,8 @@ def test_equal_to_the_naive_packer(seed, count, longest, capacity, buffer):
     for _ in range(600):
         documents, takes, epoch = next(fast)
         row, wanted_epoch = next(slow)
-        assert list(zip(documents, takes)) == row and epoch == wanted_epoch
+        assert list(zip(documents, takes)) == row
+        assert epoch == wanted_epoch
         assert sum(takes) == capacity
 
 
@@ -60,7 +73,11 @@ def test_hand_worked():
     # Then 2 and 3. Document 4 is alone and fits; the buffer is empty then, refills, and 0 fits the remaining 5.
     plan = plan_rows([5, 2, 4, 3, 2], [5], 7, buffer_size=1)
     assert [next(plan) for _ in range(4)] == [
-        ([0, 1], [5, 2], 1), ([2, 3], [4, 3], 1), ([4, 0], [2, 5], 2), ([2, 3], [4, 3], 2)]
+        ([0, 1], [5, 2], 1),
+        ([2, 3], [4, 3], 1),
+        ([4, 0], [2, 5], 2),
+        ([2, 3], [4, 3], 2),
+    ]
 
 
 def test_shortest_is_cropped_and_its_tail_dropped():
@@ -75,81 +92,123 @@ def test_buffer_is_refilled_before_every_placement():
     assert next(plan)[0] == [0, 2]
 
 
-def split(prepare, name):
-    folder, _ = prepare._prepared()
+def files(prepare, name):
+    """(ids, tokens of each document, documents of each refill) as they lie on the disk."""
+    folder = prepare._dataset().folder
     tokens = np.fromfile(folder / f"{name}.tokens", "<u2")
     lengths = np.fromfile(folder / f"{name}.docs", "<u4").tolist()
     return tokens, lengths, np.fromfile(folder / f"{name}.batches", "<u4").tolist()
 
 
-@pytest.mark.parametrize("name", ["train", "val"])
-def test_loader_serves_the_naive_rows(small, name):
-    tokens, lengths, batches = split(small, name)
+def loader(prepare, B=2, split="train", T=64, **more):
+    return prepare.make_dataloader(prepare.Tokenizer.from_directory(), B, T, split, **{"device": "cpu", **more})
+
+
+@pytest.mark.parametrize("name, T, buffer_size", [("train", 64, 1000), ("val", 64, 1000), ("train", 24, 50)])
+def test_loader_serves_the_naive_rows(small, name, T, buffer_size):
+    tokens, lengths, batches = files(small, name)
     starts = np.cumsum([0, *lengths])
-    rows, tokenizer = naive_rows(lengths, batches, 65, 1000), small.Tokenizer.from_directory()
-    loader = small.make_dataloader(tokenizer, 4, 64, name, device="cpu")
+    rows = naive_rows(lengths, batches, T + 1, buffer_size)
+    served = loader(small, 4, name, T, buffer_size=buffer_size)
     for _ in range(12):
-        inputs, targets, epoch = next(loader)
-        assert inputs.dtype == targets.dtype == torch.int64 and inputs.shape == targets.shape == (4, 64)
+        inputs, targets, epoch = next(served)
+        assert inputs.dtype == targets.dtype == torch.int64
+        assert inputs.shape == targets.shape == (4, T)
+        assert inputs.is_contiguous()
         for i in range(4):
             row, wanted_epoch = next(rows)
-            ids = np.concatenate([tokens[starts[d]:starts[d] + take] for d, take in row])
-            assert inputs[i].tolist() == ids[:-1].tolist() and targets[i].tolist() == ids[1:].tolist()
+            ids = np.concatenate([tokens[starts[d] : starts[d] + take] for d, take in row])
+            assert inputs[i].tolist() == ids[:-1].tolist()
+            assert targets[i].tolist() == ids[1:].tolist()
         assert epoch == wanted_epoch
 
 
 def test_documents_begin_with_bos_and_hold_the_text(small):
-    tokens, lengths, batches = split(small, "val")
+    tokens, lengths, batches = files(small, "val")
     tokenizer = small.Tokenizer.from_directory()
+    bos = tokenizer.get_bos_token_id()
     starts = np.cumsum([0, *lengths[:-1]])
-    assert (tokens[starts] == tokenizer.get_bos_token_id()).all() and sum(lengths) == len(tokens)
-    assert (tokens == tokenizer.get_bos_token_id()).sum() == len(lengths)
-    assert sum(batches) == len(lengths) and max(batches) <= 128
-    text = tokenizer.decode(tokens[1:lengths[0]].tolist())
-    assert tokenizer.encode(text) == tokens[1:lengths[0]].tolist() and len(text) > 30
+    assert (tokens[starts] == bos).all()
+    assert (tokens == bos).sum() == len(lengths)
+    assert sum(lengths) == len(tokens)
+    assert sum(batches) == len(lengths)
+    assert max(batches) <= 128
+    text = tokenizer.decode(tokens[1 : lengths[0]].tolist())
+    assert tokenizer.encode(text) == tokens[1 : lengths[0]].tolist()
+    assert len(text) > 30
 
 
 def test_batches_already_served_are_never_overwritten(small):
-    loader = small.make_dataloader(small.Tokenizer.from_directory(), 2, 64, "train", device="cpu")
-    served = [next(loader) for _ in range(6)]
+    batches = loader(small)
+    served = [next(batches) for _ in range(6)]
     copies = [(a.clone(), b.clone()) for a, b, _ in served]
     for _ in range(6):
-        next(loader)
-    assert all(torch.equal(a, x) and torch.equal(b, y) for (a, b, _), (x, y) in zip(served, copies))
+        next(batches)
+    for (a, b, _), (x, y) in zip(served, copies):
+        assert torch.equal(a, x)
+        assert torch.equal(b, y)
     assert not torch.equal(served[0][0], served[2][0])
 
 
 @pytest.mark.gpu
 def test_batches_on_a_gpu_are_those_of_the_cpu(small):
-    tokenizer = small.Tokenizer.from_directory()
-    there = small.make_dataloader(tokenizer, 8, 64, "train", device="cuda")
-    here = small.make_dataloader(tokenizer, 8, 64, "train", device="cpu")
+    there = loader(small, 8, device="cuda")
     served = [next(there) for _ in range(50)]  # none awaited before the next is drawn
-    for (a, b, e), (x, y, f) in zip(served, here):
-        assert torch.equal(a.cpu(), x) and torch.equal(b.cpu(), y) and e == f
+    for (a, b, e), (x, y, f) in zip(served, loader(small, 8)):
+        assert torch.equal(a.cpu(), x)
+        assert torch.equal(b.cpu(), y)
+        assert e == f
 
 
-@pytest.mark.parametrize("wrong", ["audit", "test", ""])
-def test_other_splits_are_refused(small, wrong):
-    with pytest.raises(small.PrepareError, match="train or val"):
-        next(small.make_dataloader(small.Tokenizer.from_directory(), 2, 64, wrong))
+WRONG_CALLS = {
+    "audit": ({"split": "audit"}, "train or val"),
+    "no split": ({"split": ""}, "train or val"),
+    "no rows": ({"B": 0}, "above 0"),
+    "T in words": ({"T": "64"}, "above 0"),
+    "no buffer": ({"buffer_size": 0}, "above 0"),
+}
 
 
-def test_first_train_batch_starts_the_clock_and_val_is_noted(small):
+@pytest.mark.parametrize("wrong, said", WRONG_CALLS.values(), ids=WRONG_CALLS)
+def test_wrong_calls_are_refused_before_the_first_draw(small, wrong, said):
+    with pytest.raises(small.PrepareError, match=said):
+        loader(small, **wrong)
+
+
+def test_another_tokenizer_is_refused_before_the_first_draw(small):
+    import tiktoken
+
+    ranks = {bytes([i]): i for i in range(256)}
+    special = {name: 256 + n for n, name in enumerate(small.SPECIAL_TOKENS)}
+    other = small.Tokenizer(tiktoken.Encoding("x", pat_str="x", mergeable_ranks=ranks, special_tokens=special))
+    with pytest.raises(small.PrepareError, match="not that of the prepared data"):
+        small.make_dataloader(other, 2, 64, "train")
+
+
+def test_ids_beyond_the_vocabulary_are_refused(small, monkeypatch):
+    read = small.Dataset.read
+
+    def damaged(dataset, split):
+        tokens, *rest = read(dataset, split)
+        return [np.maximum(tokens, 512), *rest]
+
+    monkeypatch.setattr(small.Dataset, "read", damaged)
+    with pytest.raises(small.PrepareError, match="train.tokens holds ids beyond the vocabulary.*uv run prepare.py"):
+        next(loader(small))
+
+
+def test_first_train_batch_starts_the_clock(small):
     torch.manual_seed(small.SEED)
-    tokenizer = small.Tokenizer.from_directory()
+    next(loader(small, split="val"))
+    batches = loader(small)
     assert small.clock.started is None
-    next(small.make_dataloader(tokenizer, 2, 64, "val", device="cpu"))
-    assert small.clock.started is None and small._Run.val_drawn and "validation rows" in small._why_not()
-    loader = small.make_dataloader(tokenizer, 2, 64, "train", device="cpu")
-    assert small.clock.started is None
-    next(loader)
+    next(batches)
     started = small.clock.started
-    next(loader)
-    assert started is not None and small.clock.started == started and small._Run.seed_ok and small._Run.rows == 4
-
-
-def test_another_seed_is_noted(small):
-    torch.manual_seed(small.SEED + 1)
-    next(small.make_dataloader(small.Tokenizer.from_directory(), 2, 64, "train", device="cpu"))
-    assert not small._Run.seed_ok and "seed" in small._why_not()
+    next(batches)
+    assert started is not None
+    assert small.clock.started == started
+    assert referee.this_run.rows == 4
+    assert referee.this_run.doubts == ["validation rows were drawn before the score"]
+    small.evaluate_bpb(lambda ids: torch.zeros(*ids.shape, 512), None, 8)
+    next(batches)
+    assert referee.this_run.rows == 4  # what is drawn after the score trains nothing that counts

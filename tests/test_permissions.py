@@ -16,16 +16,51 @@ from conftest import ROOT
 
 CLAUDE = json.loads((ROOT / ".claude/settings.json").read_text())["permissions"]
 CODEX = []
-exec((ROOT / ".codex/rules/autoresearch.rules").read_text(), {"prefix_rule": lambda **rule: CODEX.append(rule)})  # Starlark, and Python
+exec(
+    (ROOT / ".codex/rules/autoresearch.rules").read_text(), {"prefix_rule": lambda **rule: CODEX.append(rule)}
+)  # Starlark, and Python
 
-SEEDED = [f"SEED={seed} {night.START}" for seed in (42, 43, 44)] + [f"AUDIT=1 SEED={seed} {night.START}" for seed in (101, 102)]
+SEEDED = [f"SEED={seed} {night.START}" for seed in (42, 43, 44)] + [
+    f"AUDIT=1 SEED={seed} {night.START}" for seed in (101, 102)
+]
 ROW = night.ROW.replace("<val_bpb>", "0.9979").replace("<memory_gb>", "44.0").replace("<status>", "keep")
-LOOP = [night.BRANCH.replace("<nov21>", "nov21"), night.CHECK, night.NOTES, night.LOG, night.START, *SEEDED, night.POLL, night.READ, ROW,
-        night.SEARCH.replace("<a word of it>", "wider"), night.COMMIT.replace("<the idea in a few words>", "wider; deeper"), night.BACK,
-        night.MEND, night.TAIL, *night.AFTER[:3], "git restore --staged --worktree train.py", "cut -f 4 results.tsv | tail -n 5",
-        "git checkout -q --detach 3f2a1bc", "git checkout -q autoresearch/nov21", "uv run prepare.py --dataset python"]
-HARM = ["git push", "git push origin main", "git clean -fdx", "git stash", "git add -A", "git reset --hard HEAD~1", "rm -rf .git",
-        "rm results.tsv", "sed -i s/a/b/ prepare.py", "curl http://example.org", "python3 -c 'x'", "uv pip install x", "TIME_BUDGET=900 uv run train.py"]
+LOOP = [
+    night.BRANCH.replace("<nov21>", "nov21"),
+    night.CHECK,
+    night.NOTES,
+    night.LOG,
+    night.START,
+    *SEEDED,
+    night.POLL,
+    night.READ,
+    ROW,
+    night.SEARCH.replace("<a word of it>", "wider"),
+    night.COMMIT.replace("<the idea in a few words>", "wider; deeper"),
+    night.BACK,
+    night.MEND,
+    night.TAIL,
+    *night.AFTER[:3],
+    "git restore --staged --worktree train.py",
+    "cut -f 4 results.tsv | tail -n 5",
+    "git checkout -q --detach 3f2a1bc",
+    "git checkout -q autoresearch/nov21",
+    "uv run prepare.py --dataset python",
+]
+HARM = [
+    "git push",
+    "git push origin main",
+    "git clean -fdx",
+    "git stash",
+    "git add -A",
+    "git reset --hard HEAD~1",
+    "rm -rf .git",
+    "rm results.tsv",
+    "sed -i s/a/b/ prepare.py",
+    "curl http://example.org",
+    "python3 -c 'x'",
+    "uv pip install x",
+    "TIME_BUDGET=900 uv run train.py",
+]
 
 
 def segments(command):
@@ -80,14 +115,18 @@ def test_claude_allows_no_harm(command):
 def test_claude_protects_the_frozen_half():
     assert {"Edit(/prepare.py)", "Edit(/runs.jsonl)", "Bash(git push *)"} <= set(CLAUDE["deny"])
     assert {"Edit(/train.py)", "Edit(/ideas.md)", "Edit(/results.tsv)", "Edit(/run.log)"} <= set(CLAUDE["allow"])
-    assert not any(re.match(r"Bash\(([A-Z_]+=\S*\s+)*[A-Z_]+=\S*\*", rule) for rule in CLAUDE["allow"]), "no * in an assignment"
+    assert not any(re.match(r"Bash\(([A-Z_]+=\S*\s+)*[A-Z_]+=\S*\*", rule) for rule in CLAUDE["allow"]), (
+        "no * in an assignment"
+    )
     assert "Bash" not in CLAUDE["allow"] and "Bash(*)" not in CLAUDE["allow"]
 
 
 def decided(words):
     """Codex's decision on a command: the strictest of the rules whose pattern begins it."""
-    fits = lambda rule: len(words) >= len(rule["pattern"]) and all(
-        word in (want if isinstance(want, list) else [want]) for want, word in zip(rule["pattern"], words))
+    fits = lambda rule: (
+        len(words) >= len(rule["pattern"])
+        and all(word in (want if isinstance(want, list) else [want]) for want, word in zip(rule["pattern"], words))
+    )
     found = {rule["decision"] for rule in CODEX if fits(rule)}
     return next((d for d in ("forbidden", "prompt", "allow") if d in found), None)
 
