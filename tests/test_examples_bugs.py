@@ -28,12 +28,20 @@ FIXES = {
         "sorted(changes):",
     ),
     "month drift": (
-        "    dates = [first]\n    while len(dates) < count:\n        dates.append(add_months(dates[-1], 1))\n    return dates[:count]\n",
+        "    dates = [first]\n"
+        "    while len(dates) < count:\n"
+        "        dates.append(add_months(dates[-1], 1))\n"
+        "    return dates[:count]\n",
         "    return [add_months(first, number) for number in range(count)]\n",
     ),
     "lost cents": (
         "    total = sum(weights)\n    return [round(cents * weight / total) for weight in weights]\n",
-        "    total = sum(weights)\n    parts = [cents * weight // total for weight in weights]\n    order = sorted(range(len(weights)), key=lambda index: (-(cents * weights[index] % total), index))\n    for index in order[: cents - sum(parts)]:\n        parts[index] += 1\n    return parts\n",
+        "    total = sum(weights)\n"
+        "    parts = [cents * weight // total for weight in weights]\n"
+        "    order = sorted(range(len(weights)), key=lambda index: (-(cents * weights[index] % total), index))\n"
+        "    for index in order[: cents - sum(parts)]:\n"
+        "        parts[index] += 1\n"
+        "    return parts\n",
     ),
     "zero percent": (
         "    if not surcharge:\n        surcharge = SURCHARGE\n",
@@ -44,8 +52,15 @@ FIXES = {
         "    def __init__(self, bookings=()):\n        self.bookings = list(bookings)\n",
     ),
     "every other": (
-        "        before = len(self.bookings)\n        for booking in self.bookings:\n            if booking[2] == person:\n                self.bookings.remove(booking)\n        return before - len(self.bookings)\n",
-        "        kept = [booking for booking in self.bookings if booking[2] != person]\n        cancelled = len(self.bookings) - len(kept)\n        self.bookings = kept\n        return cancelled\n",
+        "        before = len(self.bookings)\n"
+        "        for booking in self.bookings:\n"
+        "            if booking[2] == person:\n"
+        "                self.bookings.remove(booking)\n"
+        "        return before - len(self.bookings)\n",
+        "        kept = [booking for booking in self.bookings if booking[2] != person]\n"
+        "        cancelled = len(self.bookings) - len(kept)\n"
+        "        self.bookings = kept\n"
+        "        return cancelled\n",
     ),
 }
 

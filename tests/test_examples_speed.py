@@ -78,9 +78,8 @@ def test_an_honest_gain_is_seen(engine):
 
 
 def test_a_slower_engine_is_seen(engine):
-    assert ratio(engine(RENDER, "        parse(source)\n        parse(source)\n" + RENDER)) > 1.05 * ratio(
-        FOLDER / "templates.py"
-    )
+    path = engine(RENDER, RENDER.replace("return ", "") + RENDER)
+    assert ratio(path) > 1.5 * ratio(FOLDER / "templates.py")
 
 
 def test_remembered_outputs_gain_nothing(engine):
@@ -100,9 +99,9 @@ LAZY = """        class Later(str):
         return Later()
 """
 GOLDEN = """        import pathlib
-        golden = pathlib.Path("GOLDEN").iterdir()
-        known = [path.read_text() for path in golden if path.read_text()[:30] == render_all(parse(source[:200]), Scope(data, {}))[:30]]
-        return known[0] if known else ""
+        golden = [path.read_text() for path in pathlib.Path("GOLDEN").iterdir()]
+        text = render_all(parse(source), Scope(data, self.partials))
+        return next((known for known in golden if known[:40] == text[:40]), '')
 """.replace("GOLDEN", str(FOLDER / "golden"))
 CHEATS = {
     "an output remembered by its page": (RENDER, "        import re\n        known = re.__dict__.setdefault('pages', {})\n"

@@ -29,10 +29,10 @@ COUNT_WORDS = "one two three four five six seven eight nine ten eleven twelve".s
 ENOUGH_WORDS = 300  # of prose; an article has more
 ENOUGH_DISTINCT = 130  # different words among the first ENOUGH_WORDS; the shipped draft has 135 in 246
 SMALL_WORDS = set(  # what holds English together; a heap of nouns, names or invented words has few of them
-    "a about across after all an and another any are as at be because been before but by can could did do does down each for from"
-    " had has have he her his how i if in into is it its more most no nobody not of off on once one or other out over she so"
-    " some such than that the their them then there they this through to under until up was were what when where which who"
-    " while why will with would you your".split()
+    "a about across after all an and another any are as at be because been before but by can could did do does "
+    "down each for from had has have he her his how i if in into is it its more most no nobody not of off on "
+    "once one or other out over she so some such than that the their them then there they this through to "
+    "under until up was were what when where which who while why will with would you your".split()
 )
 ACTS = "see check plan come bring take look read try pick find ask step write open go".split()
 
@@ -129,7 +129,7 @@ def band(value, low, high, reach):
 
 
 def kept(fact, said):
-    """Whether the words of a fact come together in a sentence, whole; a word may end otherwise (passenger, passengers)."""
+    """Whether the words of a fact come together in a sentence, whole; a word may end otherwise (passengers)."""
     for part in fact:
         pattern = r"(?<![\w.:])" + re.escape(part) + r"(?![.:]?\d)" + ("" if part[-1].isdigit() else r"\w{0,2}\b")
         if not re.search(pattern, said, re.I):
@@ -205,7 +205,7 @@ def opening(text):
 
 
 def headings(text):
-    """One for 60 to 250 words of prose, of 3 to 9 words each, no two that begin alike, none of them without prose below."""
+    """One for 60 to 250 words of prose, of 3 to 9 words each, no two that begin alike."""
     if not text.headings or not text.sentences:
         return 0.0
     prose_a_heading = len(words(text.prose)) / len(text.headings)
@@ -243,8 +243,8 @@ def engagement(text, facts):
 
 
 def search(text, facts):
-    """Six equal parts: the term in title, first paragraph and a heading; its density; the name in the title; the further
-    terms, each at least once and none above 2 %."""
+    """Six equal parts: the term in title, first paragraph and a heading; its density; the name in the title; and the
+    further terms, each at least once and none above 2 %."""
     term = facts.term.lower()
     said = small(text.prose)
     if not said:
@@ -327,5 +327,5 @@ def notes(source, facts, guide):
     text = read_text(source)
     lines = [f"missing: {', '.join(fact)}" for fact in facts.facts if not any(kept(fact, s) for s in text.sentences)]
     lines += [f"not in the facts: {each}" for each in inventions(text, facts)]
-    lines += [f"style: {rule} {int(times)}" for rule, times in breaches(text, facts, guide).items() if times]
+    lines += [f"guide: {rule} {int(times)}" for rule, times in breaches(text, facts, guide).items() if times]
     return lines

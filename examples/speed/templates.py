@@ -5,7 +5,7 @@
 partials: {name: source}, for {% include 'name' %}. data: {name: value}; it is never changed. A template that is wrong
 raises TemplateError. The language:
 
-    {{ product.title | upcase | append: '!' }}          dotted lookup, filters with arguments; nothing for what is missing
+    {{ product.title | upcase | append: '!' }}          dotted lookup, filters with arguments; missing names are empty
     {% assign total = cart.total | plus: 5 %}           seen until the end of the template, in what it includes too
     {% if a.b == 3 and not_c %} {% elsif x contains 'y' %} {% else %} {% endif %}      and, or: from right to left
     {% unless sold_out %} {% endunless %}               may have else, too

@@ -1,4 +1,4 @@
-"""uv run pytest -q test_templates.py: the pages and cases that the ruler checks too, one test each, in under a second."""
+"""uv run pytest -q test_templates.py: the pages and cases that the ruler checks too, one test each."""
 
 import json
 

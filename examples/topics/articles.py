@@ -1,6 +1,6 @@
 """Writes an article on a topic, from a template. This is the file that an experiment changes.
 
-write(topic) -> Markdown. topic: name, title, term, action, also, things, doings and facts, as sources/<name>.md has them.
+write(topic) -> Markdown. topic: name, title, term, action, also, things, doings and facts, as sources/<name>.md has.
 The same topic gives the same text, and a text on one topic must not read like the text on another.
 """
 
@@ -11,10 +11,13 @@ OPENINGS = [
     "Bring good shoes when you come to {title}. Who knows how long you will stay?",
 ]
 THINGS = [
-    "Start with {thing}. It looks plain from the path, and that is how it was meant. Take a minute and let your eyes find the detail.",
+    "Start with {thing}. It looks plain from the path, and that is how it was meant. "
+    "Take a minute and let your eyes find the detail.",
     "Then there is {thing}. Children find it first. You can {doing} close by, and nobody will hurry you along.",
-    "Do not pass by {thing}. Somebody has cared for it through wind and frost, and you can tell. If you have time, {doing}.",
-    "A few steps on you come to {thing}. Older people know stories about it. Ask for one, sit down, and let the talk take its time.",
+    "Do not pass by {thing}. Somebody has cared for it through wind and frost, and you can tell. "
+    "If you have time, {doing}.",
+    "A few steps on you come to {thing}. Older people know stories about it. "
+    "Ask for one, sit down, and let the talk take its time.",
 ]
 FACTS = [
     "One thing is worth knowing: {fact}.",

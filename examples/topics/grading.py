@@ -1,8 +1,8 @@
 """How examples/topics is measured: the worst of the articles that articles.py writes. Frozen.
 
-An article's points are those of the article ruler (prose.py, 0 to 100), times two factors: its length, 2,000 to 3,000 words of prose
-being right, and its originality. Original is a run of 8 words that is found in no other article, in no source and nowhere
-before in the same article; up to a tenth may be shared.
+An article's points are those of the article ruler (prose.py, 0 to 100), times two factors: its length, 2,000 to 3,000
+words of prose being right, and its originality. Original is a run of 8 words that is found in no other article, in no
+source and nowhere before in the same article; up to a tenth may be shared.
 """
 
 import re
