@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 import referee
 
-B, T, V = 8, 64, 512  # of the small dataset
+B, T = 8, 64  # of the small dataset
+V = 512
 
 
 class Fixed(nn.Module):

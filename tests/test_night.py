@@ -170,7 +170,9 @@ def test_log_killed_at_any_step_is_finished_by_what_next_says(project, moment):
     assert next_step(referee(project, "status")[1]).startswith("the next idea")
 
 
-@pytest.mark.parametrize("moment", ["start", "hash_edits", "birth", "write_atomic", "said_of", "command_wait", "show_end"])
+@pytest.mark.parametrize(
+    "moment", ["start", "hash_edits", "birth", "write_atomic", "said_of", "command_wait", "show_end"]
+)
 def test_run_killed_at_any_step_loses_nothing(project, moment):
     killed_at(project, ["run"], moment)
     for _ in range(4):

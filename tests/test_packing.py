@@ -21,7 +21,8 @@ def naive_rows(lengths, batches, capacity, buffer_size):
                 yield list(range(at, at + count)), epoch
                 at += count
 
-    source, buffer, epoch = stream(), [], 0
+    source, buffer = stream(), []
+    epoch = 0
     while True:
         row, room = [], capacity
         while room:

@@ -57,7 +57,7 @@ def folded_assignment(node):
     literal = isinstance(node.value, ast.Tuple) or len(node.targets) > 1
     if count > 2 and literal:
         yield "more than two targets in an assignment"
-    if isinstance(node.value, ast.Lambda):
+    if isinstance(node.value, ast.Lambda) and isinstance(node.targets[0], ast.Name):
         yield "a named lambda"
 
 
