@@ -17,8 +17,8 @@ PLAIN = sorted(
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("examples/**/*.py"), *ROOT.glob("fleet/*.py")]
 )
 TOKENS = {  # of code, comments and docstrings free: where the files stood when this was set; raising one says why
-    "prepare.py": 0,
-    "referee.py": 0,
+    "prepare.py": 9920,
+    "referee.py": 12260,
 }
 
 
