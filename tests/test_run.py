@@ -178,9 +178,12 @@ def test_the_allocator_is_told_before_the_gpu_is_used(user, wanted):
     text = (ROOT / "train.py").read_text()
     environ = dict(user)
     seen = []
-    names = {"__name__": "__main__", "main": None, "os": SimpleNamespace(environ=environ)}
-    names["guard"] = lambda main: seen.append(environ["PYTORCH_ALLOC_CONF"])
-    exec(text[text.index("if __name__ ==") :], names)
+
+    def guard(main):
+        seen.append(environ["PYTORCH_ALLOC_CONF"])
+
+    stand_ins = {"guard": guard, "main": None, "os": SimpleNamespace(environ=environ)}
+    exec(text[text.index("if __name__ ==") :], {"__name__": "__main__", **stand_ins})
     assert seen == [wanted]
 
 
@@ -333,7 +336,7 @@ def test_wild_loss_stops_at_once_and_names_the_step(monkeypatch, value):
 def shown_in(monkeypatch, live):
     """What 3,000 steps of a tenth of a second print."""
     out = io.StringIO()
-    out.isatty = lambda: live
+    monkeypatch.setattr(out, "isatty", lambda: live)
     monkeypatch.setattr(train.sys, "stdout", out)
     progress = train.Progress(300)
     for step in range(1, 3001):
