@@ -1,4 +1,4 @@
-"""analysis.ipynb executed on every kind of log. `python tests/test_notebook.py FOLDER` draws a simulated night there."""
+"""analysis.ipynb executed on every kind of log. `python tests/test_notebook.py FOLDER` draws a simulated night."""
 
 import contextlib
 import io
@@ -50,9 +50,14 @@ def record(n, seed, score, **more):
 
 
 def simulated_night(folder):
+<<<<<<< HEAD
     """Plays IDEAS, of drawn effects, by the referee's verdicts with a noise sd of 0.0007, and writes the folder's log."""
     rng, runs = random.Random(5), []
     best, memory = 0.9979, 44.0
+=======
+    """Plays IDEAS, of drawn effects, by the referee's verdicts with a noise sd of 0.0007, and writes the log."""
+    rng, runs, best, memory = random.Random(5), [], 0.9979, 44.0
+>>>>>>> a71bc923dddb1194a3c43412be395014f292bed0
     for n, idea in enumerate(IDEAS.replace("\n", "").split("|")):
         effect = rng.expovariate(200) if rng.random() < 0.75 else -rng.expovariate(450)
         score = best + effect if n else best
@@ -154,7 +159,7 @@ def test_top_hits_are_ordered_by_their_own_gain(check):
 
 
 def test_reruns_are_a_mean_and_the_noise_is_theirs(check):
-    """Baseline 1.000, 1.002, 1.001: sd 0.001, df 2. A run is beyond noise above 2.92 * 0.001 * sqrt(4 / 3) = 0.003372."""
+    """Baseline 1.000, 1.002, 1.001: sd 0.001, df 2. Beyond noise: above 2.92 * 0.001 * sqrt(4 / 3) = 0.003372."""
     scores = [(1, 1.000), (1, 1.002), (1, 1.001), (2, 0.998), (3, 0.9900)]
     expected = "4 experiments, 6 rows|noise    0.001000  (sd of a run; measured, 2 degrees|1 beyond noise"
     expected += "|baseline 1.001000|0.003372   False|not beyond noise (1)"
