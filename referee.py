@@ -455,6 +455,8 @@ def sound(record):
             return False
     if record["score"] is not None and not math.isfinite(record["score"]):
         return False
+    if not all(isinstance(reason, str) for reason in record["why_not"]):
+        return False
     return record["commit"] is None or re.fullmatch(r"[0-9a-f]{7,64}", record["commit"]) is not None
 
 
@@ -704,13 +706,22 @@ def pace(run):
     return None
 
 
-def slowed_against(run, runs):
-    """The fastest run of the same file that made its steps over a quarter faster than this one, None where none did."""
-    twins = [twin for twin in runs if twin["code"] == run["code"] and pace(twin) is not None]
-    if pace(run) is None or not twins:
+def fastest_by_file(runs):
+    """{hash of the edited files: the record that made its steps fastest}."""
+    fastest = {}
+    for run in runs:
+        seconds = pace(run)
+        if seconds is not None and (run["code"] not in fastest or seconds < pace(fastest[run["code"]])):
+            fastest[run["code"]] = run
+    return fastest
+
+
+def slowed_against(run, fastest):
+    """The fastest run of the same file where it made its steps over a quarter faster than this one, else None."""
+    twin = fastest.get(run["code"])
+    if twin is None or pace(run) is None:
         return None
-    fastest = min(twins, key=pace)
-    return fastest if pace(run) > SLOWED * pace(fastest) else None
+    return twin if pace(run) > SLOWED * pace(twin) else None
 
 
 def table_of(record, runs):
@@ -726,7 +737,8 @@ def verdict_on(record, runs, results):
     if record["why_not"]:
         return Verdict("none", "; ".join(record["why_not"]))
     table = table_of(record, runs)
-    faster = slowed_against(record, table)
+    fastest = fastest_by_file(table)
+    faster = slowed_against(record, fastest)
     if faster:
         return Verdict(
             "none",
@@ -734,7 +746,7 @@ def verdict_on(record, runs, results):
             "run it again when the machine is quiet",
             record["seed"],
         )
-    counted = [run for run in table if run is not record and not slowed_against(run, table)]
+    counted = [run for run in table if run is not record and not slowed_against(run, fastest)]
     if results.trouble:
         return Verdict("none", f"{results.trouble}; mend that, then: uv run referee.py status")
     statuses = {run["commit"]: results.status(run["commit"]) for run in counted}
@@ -1402,7 +1414,9 @@ def started_run(experiment):
     except (OSError, ValueError):
         return None
     needed = {"pid", "birth", "seed", "time", "host", "commit", "subject"}
-    return facts if isinstance(facts, dict) and needed <= set(facts) else None
+    if not isinstance(facts, dict) or not needed <= set(facts):
+        return None
+    return facts if isinstance(facts["pid"], int) and isinstance(facts["time"], str) else None
 
 
 def is_running(facts):
@@ -1851,7 +1865,8 @@ def table_lines(night):
     if not scored:
         return ["best: no run has a score that counts yet"]
     table = table_of(scored[-1], night.runs)
-    table = [run for run in table if not slowed_against(run, table)]
+    fastest = fastest_by_file(table)
+    table = [run for run in table if not slowed_against(run, fastest)]
     commits = scores_by_commit(table)
     sd, df = pooled_noise(commits)
     kept = [commit for commit in commits if night.results.status(commit) == "keep"]

@@ -623,7 +623,7 @@ DEFECTS = [
     (
         "a slowed run is noise",
         "referee.py",
-        "if run is not record and not slowed_against(run, table)]",
+        "if run is not record and not slowed_against(run, fastest)]",
         "if run is not record]",
         "verdict",
     ),
