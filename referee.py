@@ -840,12 +840,22 @@ class Look(ast.NodeVisitor):
             self.say(node, f"calls {called}: no processes, and no files of the harness")
         if called.startswith("os.environ.") and called.split(".")[2] in ("update", "setdefault", "pop", "clear"):
             self.check_variables(node, node.args, node.keywords)
-        if isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr") and node.args:
-            self.check_change(node, self.path(node.args[0]))
+        if isinstance(node.func, ast.Name) and node.args:
+            self.check_by_name(node, node.func.id, self.path(node.args[0]))
         changes = re.fullmatch(r"(.*__dict__)\.(update|setdefault|pop)", called)
         if changes:
             self.check_change(node, changes[1])
         self.generic_visit(node)
+
+    def check_by_name(self, node, function, path):
+        """setattr, getattr and vars on something imported."""
+        if function in ("setattr", "delattr"):
+            self.check_change(node, path)
+        if function == "vars":
+            self.check_door(node, path, "__dict__")
+        if function == "getattr" and len(node.args) > 1:
+            name = node.args[1]
+            self.check_door(node, path, name.value if isinstance(name, ast.Constant) else "a name that is computed")
 
     def check_variables(self, node, arguments, keywords=()):
         """Environment variables that are set or removed: the harness's own, or one that cannot be read here."""

@@ -649,7 +649,7 @@ DEFECTS = [
         "        if False:\n            self.imported[name] = path",
         "look",
     ),
-    ("setattr unseen", "referee.py", 'node.func.id in ("setattr", "delattr")', 'node.func.id in ("delattr",)', "look"),
+    ("setattr unseen", "referee.py", 'function in ("setattr", "delattr")', 'function in ("delattr",)', "look"),
     (
         "the door is open",
         "referee.py",

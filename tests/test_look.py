@@ -41,6 +41,9 @@ CHEATS = {
     "an unknown variable": "os.environ[input()] = '1'",
     "the audit": "os.environ.setdefault('AUDIT', '1')",
     "outside the door": "prepare._dataset()",
+    "outside the door by getattr": "getattr(prepare, '_dataset')()",
+    "outside the door by a computed name": "getattr(prepare, '_' + 'dataset')()",
+    "outside the door by vars": "vars(prepare)['_dataset']()",
     "imported from outside the door": "from prepare import _dataset",
     "the referee itself": "import referee",
     "the referee through the door": "prepare.referee.this_run",
@@ -74,6 +77,7 @@ HONEST = {
     "default device": "torch.set_default_device('cpu')",
     "averages of weights": "for p in [torch.ones(2)]:\n    p.data.lerp_(p, 0.5)",
     "groups of an optimizer": "o = torch.optim.SGD([torch.ones(2)])\nfor g in o.param_groups:\n    g['lr'] = 0.1",
+    "getattr of its own": "getattr(torch.nn, 'Linear')\ngetattr(prepare, 'TIME_BUDGET')\nvars(F)",
     "the door": "prepare.MAX_SEQ_LEN if False else prepare.TIME_BUDGET",
 }
 
