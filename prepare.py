@@ -281,7 +281,7 @@ class Dataset:
     folder: Path
     meta: dict
     vocabulary: Vocabulary
-    fingerprint: str
+    code: str  # of this file when the dataset was opened
     files: dict  # name: open file; those of audit only where the audit was asked for
 
     def read(self, split):
@@ -300,10 +300,14 @@ class Dataset:
         return arrays
 
 
-def fingerprint(meta):
-    """8 hex digits over all that defines the number: the code of this file, the tokenizer, every token file, T, the
-    scored tokens, the budget, the referee's rules."""
-    code = referee.code_hash(Path(__file__).read_text(encoding="utf-8"))
+def _own_code():
+    return Path(__file__).read_text(encoding="utf-8")
+
+
+def fingerprint(meta, code):
+    """8 hex digits over all that defines the number: the code of this file without comments, the tokenizer, every token
+    file, T, the scored tokens, the budget, the referee's rules."""
+    code = referee.code_hash(code)
     files = [f"{name} {facts['sha256']}" for name, facts in sorted(meta["files"].items())]
     sizes = f"{TIME_BUDGET} {meta['seq_len']} {meta['eval_tokens']}"
     return referee.hash_text(f"{code} {referee.RULES} {sizes} {files}")[:8]
@@ -321,7 +325,7 @@ def _open_dataset(name=None):
     vocabulary = Vocabulary.parse(files["tokenizer.json"].read(), folder / "tokenizer.json")
     for file in FILES - {f"{split}.{kind}" for split in _readable() for kind in SPLIT_FILES}:
         files.pop(file).close()
-    return Dataset(folder, meta, vocabulary, fingerprint(meta), files)
+    return Dataset(folder, meta, vocabulary, _own_code(), files)
 
 
 def _readable():
@@ -882,7 +886,7 @@ def _describe(folder, meta):
     print(f"dataset:     {meta['dataset']} in {folder}")
     print(f"shards:      {shards[0]}{several}")
     print(f"tokens:      {tokens}; {meta['eval_tokens']:,} of val scored")
-    print(f"fingerprint: {fingerprint(meta)}")
+    print(f"fingerprint: {fingerprint(meta, _own_code())}")
     print(f"vocab:       {meta['vocab_size']}, rows of T = {meta['seq_len']}", flush=True)
 
 
@@ -1207,7 +1211,7 @@ def _score_rows(judge, rows, batch_size, device):  # (N, T + 1) -> (N,) float64
     _require_repeatable(judge, *on_device(order[0]))
     probes = _draw_probes(judge, count, batch_size, rows.shape[1] - 1)
     nats = {number: _score_batch(judge, on_device(number), probes[number]) for number in order}
-    number = int(judge.random.integers(count))
+    number = order[int(judge.random.integers((count + 1) // 2))]  # of the first half: time enough to have learned
     again = _score_batch(judge, on_device(number), [])
     change = (nats[number] - again).abs().max().item() / (rows.shape[1] - 1)
     sentence = f"a batch, scored again, differed by {change:.2g} nats a token: the model learns while it is judged"
@@ -1378,7 +1382,7 @@ def print_summary(num_steps, total_tokens, num_params, depth, mfu=None, attentio
         "seed": f"{SEED}",
         "dataset": meta["dataset"],
         "device": _device_name(run.device),
-        "harness": dataset.fingerprint,
+        "harness": fingerprint(meta, dataset.code),
     }
     if AUDIT:
         lines["audit_bpb"] = "n/a" if run.audit is None else f"{run.audit:.6f}"

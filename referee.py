@@ -581,9 +581,7 @@ def append_row(path, row, metric):
 # == 9. VERDICT ========================================================================================================
 
 STUDENT = (6.31, 2.92, 2.35, 2.13, 2.02)  # t, one-sided 95 %, for 1 to 5 degrees of freedom; 2.0 for more
-ENOUGH = (
-    3  # seeds of one file before it can be kept; like the next two chosen by the simulation in tests/test_verdict.py
-)
+ENOUGH = 3  # seeds of one file before it can be kept; this and the next two come from tests/test_verdict.py's nights
 MOST = 5  # seeds of one file, where three have not decided
 NEAR = 0.7  # of the gain that is needed: from there on another seed may decide
 SLOWED = 1.25  # a run this many times slower a step than another of the same file does not count
@@ -652,7 +650,7 @@ def judge(runs, statuses):
     mine = commits[run["commit"]]
     sd, df = pooled_noise(commits)
     noise = f"noise sd {sd:.6f}, df {df}" if df else "noise unknown"
-    noise += same_file(runs)
+    noise += same_file(runs) + same_draws(mine, sd)
     quiet = df > 0 and sd == 0  # a metric without noise: one run says all
     seed = None if len(mine) >= ENOUGH or quiet else next_seed(mine)
     after = "" if seed is None else f"next SEED={seed}; "
@@ -690,6 +688,12 @@ def same_file(runs):
         if each["code"] == run["code"] and again:
             return f"; same file as {each['commit'][:7]}: {each['score']:.6f}"
     return ""
+
+
+def same_draws(scores, sd):
+    """A phrase where the seeds of a file differ by a twentieth of the noise or less, else nothing."""
+    alike = len(scores) > 1 and max(scores.values()) - min(scores.values()) <= sd / 20
+    return "; its seeds hardly differ: does it draw from SEED?" if alike and sd > 0 else ""
 
 
 def pace(run):
@@ -1367,7 +1371,15 @@ AGAIN = re.compile(r"ended early|was killed|was preempted|has no end")  # a run 
 MENDS = {"oom": 1, "nan": 1, "error": 2, "harness": 2, "timeout": 0}  # tries to mend an idea, by what failed
 COMMIT = "git commit -qam '<idea>'"
 MEND = "git commit -qa --amend --no-edit"
-ME = "uv run referee.py"
+
+
+def me(words=""):
+    """How this file is called from the folder that its command was called in."""
+    return f"uv run {_called_as} {words}{_folder}".rstrip()
+
+
+_called_as = "referee.py"  # path of this file from there, and the folder that was named; set by main()
+_folder = ""
 
 
 def birth(pid):
@@ -1546,24 +1558,24 @@ def next_step(night):
     """What is to be done now, as one line that begins with a command or an action."""
     edited = night.experiment.edited
     if night.running:
-        return f"{ME} wait"
+        return f"{me('wait')}"
     if night.last is None:
         if night.changed:
-            return f"finish the edit of {edited} and commit it ({COMMIT}), or git restore {edited}; then {ME} run"
-        return f"{ME} run"
+            return f"finish the edit of {edited} and commit it ({COMMIT}), or git restore {edited}; then {me('run')}"
+        return f"{me('run')}"
     if night.status == "crash" or (night.status == "discard" and night.verdict.word != "rerun"):
-        return f"{ME} log (it takes the dropped commit off the branch)"
+        return f"{me('log')} (it takes the dropped commit off the branch)"
     if night.last["fail"]:
         return after_failure(night)
     if night.verdict.word == "none":
         return after_none(night)
     if not night.logged(night.last):
-        return f"{ME} log"
+        return f"{me('log')}"
     if night.verdict.seed is not None and (night.status != "keep" or night.verdict.word != "rerun"):
-        return f"{ME} run --seed {night.verdict.seed}"
+        return f"{me('run')} --seed {night.verdict.seed}"
     if night.changed:
-        return f"finish the edit of {edited}, then {COMMIT} && {ME} run; or git restore {edited}"
-    return f"the next idea: edit {edited}, then {COMMIT} && {ME} run"
+        return f"finish the edit of {edited}, then {COMMIT} && {me('run')}; or git restore {edited}"
+    return f"the next idea: edit {edited}, then {COMMIT} && {me('run')}"
 
 
 def after_failure(night):
@@ -1573,30 +1585,30 @@ def after_failure(night):
     alike = [run for run in night.tries if run["fail"] and run["fail"].get("kind") == kind]
     again = AGAIN.search(sentence) is not None
     if kind == "busy":
-        return f"{ME} run, when the other run is over"
+        return f"{me('run')}, when the other run is over"
     if night.changed:
-        return f"finish the mend of {night.experiment.edited}, then {MEND} && {ME} run"
+        return f"finish the mend of {night.experiment.edited}, then {MEND} && {me('run')}"
     if again and len([run for run in alike if AGAIN.search(str(run["fail"].get("sentence")))]) <= 2:
-        return f"{ME} run --seed {night.last['seed']}"
+        return f"{me('run')} --seed {night.last['seed']}"
     if again or len(alike) > MENDS.get(kind, 2):
-        return f"{ME} log crash"
-    return f"mend {night.experiment.edited}, then {MEND} && {ME} run; if it cannot be mended: {ME} log crash"
+        return f"{me('log crash')}"
+    return f"mend {night.experiment.edited}, then {MEND} && {me('run')}; if it cannot be mended: {me('log crash')}"
 
 
 def after_none(night):
     """The step after a run of HEAD whose score does not count."""
     reason = night.verdict.reason
     if reason.startswith("slowed"):
-        return f"{ME} run --seed {night.last['seed']}"
+        return f"{me('run')} --seed {night.last['seed']}"
     if night.changed:
-        return f"finish the edit of {night.experiment.edited}, then {MEND} && {ME} run"
+        return f"finish the edit of {night.experiment.edited}, then {MEND} && {me('run')}"
     if "no kept run compares" in reason or "noise is unknown" in reason:
-        return f"{ME} log discard, then {ME} run for the kept commit, then this idea once more"
+        return f"{me('log discard')}, then {me('run')} for the kept commit, then this idea once more"
     if len(night.tries) > 2 and night.results.names_a_keep():
-        return f"{ME} log discard"
+        return f"{me('log discard')}"
     if "commit it first" in reason:
-        return f"{ME} run --seed {night.last['seed']}"
-    return f"mend what the verdict says, then {MEND} && {ME} run; or {ME} log discard"
+        return f"{me('run')} --seed {night.last['seed']}"
+    return f"mend what the verdict says, then {MEND} && {me('run')}; or {me('log discard')}"
 
 
 # == 16. COMMANDS ======================================================================================================
@@ -1625,7 +1637,7 @@ def seed_to_run(night):
     done = night.logged(night.last) and night.status is not None
     short, seed = night.place.short, night.verdict.seed
     require(seed is not None or not done, f"{short} has been run and logged; commit the next idea, or give --seed N")
-    require(done, f"{short} has a run that is not in results.tsv; run: {ME} log")
+    require(done, f"{short} has a run that is not in results.tsv; run: {me('log')}")
     return seed
 
 
@@ -1660,14 +1672,14 @@ def said_of(facts):
 def require_idle(night):
     """Raises RefereeError while a run goes on."""
     if night.running:
-        raise RefereeError(f"a run is going on ({said_of(night.running)}); run: {ME} wait")
+        raise RefereeError(f"a run is going on ({said_of(night.running)}); run: {me('wait')}")
 
 
 def command_wait(experiment, seconds=540):
     """Waits for the end of the run that was started here and prints it. Returns the exit status."""
     place = repository(experiment.folder)
     facts = started_run(experiment)
-    require(facts is not None, f"no run has been started here; run: {ME} run")
+    require(facts is not None, f"no run has been started here; run: {me('run')}")
     end = time.monotonic() + seconds
     while is_running(facts) and time.monotonic() < end:
         time.sleep(0.2)
@@ -1676,7 +1688,7 @@ def command_wait(experiment, seconds=540):
     if is_running(facts):
         for line in tail(experiment.log, 1):
             print(line)
-        print(f"it is still running\nnext: {ME} wait")
+        print(f"it is still running\nnext: {me('wait')}")
         return 0
     settle(experiment, place)
     record = record_of(facts, read_runs(experiment.folder, place)[0])
@@ -1720,7 +1732,7 @@ def command_log(experiment, word=None, note=""):
     night = read_night(experiment)
     place = night.place
     require_idle(night)
-    require(night.last is not None, f"{place.short} has not run yet; run: {ME} run")
+    require(night.last is not None, f"{place.short} has not run yet; run: {me('run')}")
     if dropped_before(night, word):
         print(f"nothing to log: {night.results.rows[-1].commit} has been dropped")
         return finish_log(night)
@@ -1756,7 +1768,9 @@ def own_word(night):
     if fail:
         kind, sentence = fail.get("kind"), str(fail.get("sentence"))
         again = kind == "busy" or AGAIN.search(sentence) is not None
-        require(not again or night.status == "crash", f"that run says nothing of the idea ({sentence}); run: {ME} run")
+        require(
+            not again or night.status == "crash", f"that run says nothing of the idea ({sentence}); run: {me('run')}"
+        )
         return "crash"
     if night.logged(night.last) and night.status is not None:
         return night.status
@@ -1873,7 +1887,7 @@ def trouble_lines(night):
 
 
 def usage_error(message):
-    sys.exit(f"error: {message}; run: {ME} --help")
+    sys.exit(f"error: {message}; run: {me('--help')}")
 
 
 def parse(words):
@@ -1892,11 +1906,18 @@ def parse(words):
     args = parser.parse_args(words)
     states = [word for word in args.words if word in STATUSES]
     folders = [word for word in args.words if word not in STATUSES]
-    require(len(states) <= 1 and len(folders) <= 1, f"too many words: {' '.join(args.words)}; run: {ME} --help")
-    require(not states or args.command == "log", f"{states[:1]} belongs to log; run: {ME} --help")
+    require(len(states) <= 1 and len(folders) <= 1, f"too many words: {' '.join(args.words)}; run: {me('--help')}")
+    require(not states or args.command == "log", f"{states[:1]} belongs to log; run: {me('--help')}")
     require(args.seed is None or 0 <= args.seed < 2**63, f"--seed is {args.seed}; give a whole number from 0")
     require(args.wait >= 0, f"--wait is {args.wait}; give seconds")
     return args.command, folders[0] if folders else ".", states[0] if states else None, args
+
+
+def name_caller(folder):
+    """Notes how this file was called, for what is printed to be run next."""
+    global _called_as, _folder
+    _called_as = os.path.relpath(__file__)
+    _folder = "" if folder == "." else f" {folder}"
 
 
 def main(words):
@@ -1904,6 +1925,7 @@ def main(words):
         return watch(int(words[1]), float(words[2]), words[3])
     try:
         command, folder, word, options = parse(words)
+        name_caller(folder)
         experiment = find_experiment(folder)
         if command == "run":
             return command_run(experiment, options.seed, options.wait)
@@ -1917,7 +1939,7 @@ def main(words):
     except OSError as error:
         return f"error: {error}; mend that, then run this again"
     except KeyboardInterrupt:
-        return f"\ninterrupted; a run that was started goes on; run: {ME} wait"
+        return f"\ninterrupted; a run that was started goes on; run: {me('wait')}"
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def test_another_preparation_during_a_run_changes_nothing(small, small_home, tmp
     shutil.copytree(small_home, home)
     monkeypatch.setenv("AUTORESEARCH_HOME", str(home))
     loader = train_loader(small)
-    before = [small.MAX_SEQ_LEN, small._dataset().fingerprint]
+    before = [small.MAX_SEQ_LEN, small._dataset().meta]
     text = tmp_path / "text"
     text.mkdir()
     (text / "other.txt").write_text("".join(f"some other words, number {n}, of another text\n" for n in range(9000)))
@@ -107,7 +107,7 @@ def test_another_preparation_during_a_run_changes_nothing(small, small_home, tmp
     theirs = score(small, Bigram())
     assert small.Tokenizer.from_directory().get_vocab_size() == V
     assert next(loader)[0].max() >= 270
-    assert [small.MAX_SEQ_LEN, small._dataset().fingerprint] == before
+    assert [small.MAX_SEQ_LEN, small._dataset().meta] == before
     monkeypatch.setenv("AUTORESEARCH_HOME", str(small_home))
     monkeypatch.delenv("AUTORESEARCH_DATASET")
     small._dataset.cache_clear()
@@ -169,6 +169,22 @@ def test_twin_counting_calls(small, when):
     assert doubts() == []
 
 
+def test_what_is_probed_differs_from_run_to_run(small, monkeypatch):
+    later = small._later_tokens
+    probed = []
+
+    def noted(judge, ids, cuts):
+        probed[-1].add(tuple(ids.flatten().tolist()))
+        return later(judge, ids, cuts)
+
+    monkeypatch.setattr(small, "_later_tokens", noted)
+    for _ in range(2):
+        probed.append(set())
+        score(small, Bigram(), 2)
+    assert [len(batches) for batches in probed] == [8, 8]
+    assert probed[0] != probed[1]
+
+
 def test_ids_tell_nothing_of_what_lies_behind_them(small):
     def f(ids):
         beyond = ids.as_strided((1, T), (T, 1), 1)  # RuntimeError where the storage ends with the ids
@@ -202,6 +218,21 @@ def test_what_eval_does_is_training_time(small):
     assert model.stopped is None
     assert small.clock.stopped is not None
     assert doubts() == []
+
+
+class Drifts(Bigram):
+    """Learns too little between two calls to be seen there."""
+
+    calls = 0
+
+    def forward(self, ids):
+        self.calls += 1
+        return one_hot(ids) * (1 + 2e-5 * self.calls)
+
+
+def test_slow_learning_shows_at_the_end(small):
+    with pytest.raises(small.PrepareError, match="scored again.*learns while it is judged"):
+        score(small, Drifts(), 2)
 
 
 class StartsThread(Bigram):

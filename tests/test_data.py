@@ -474,30 +474,29 @@ def test_fingerprint_follows_everything_that_defines_the_number(small, monkeypat
     import referee
 
     meta = small._dataset().meta
-    base = small.fingerprint(meta)
+    code = small._dataset().code
+    base = small.fingerprint(meta, code)
     assert len(base) == 8
     assert int(base, 16) >= 0
-    others = [small.fingerprint({**meta, "seq_len": 65}), small.fingerprint({**meta, "eval_tokens": 1})]
+    others = [small.fingerprint({**meta, "seq_len": 65}, code), small.fingerprint({**meta, "eval_tokens": 1}, code)]
     for name, facts in meta["files"].items():
         files = {**meta["files"], name: {**facts, "sha256": "0"}}
-        others.append(small.fingerprint({**meta, "files": files}))
+        others.append(small.fingerprint({**meta, "files": files}, code))
     for owner, name in ((small, "TIME_BUDGET"), (referee, "RULES")):
         with monkeypatch.context() as changed:
             changed.setattr(owner, name, 10)
-            others.append(small.fingerprint(meta))
+            others.append(small.fingerprint(meta, code))
     assert len({base, *others}) == 15
-    assert small.fingerprint(meta) == base
+    assert small.fingerprint(meta, code) == base
 
 
-def test_fingerprint_follows_the_code_and_not_its_comments(small, tmp_path, monkeypatch):
+def test_fingerprint_follows_the_code_and_not_its_comments(small):
     meta = small._dataset().meta
-    base = small.fingerprint(meta)
-    source = (ROOT / "prepare.py").read_text()
-    monkeypatch.setattr(small, "__file__", str(tmp_path / "prepare.py"))
-    (tmp_path / "prepare.py").write_text(source.replace("# == 9. METRIC", "# another comment\n# == 9. METRIC"))
-    assert small.fingerprint(meta) == base
-    (tmp_path / "prepare.py").write_text(source.replace("LEAK = 1e-3", "LEAK = 1e-2"))
-    assert small.fingerprint(meta) != base
+    code = (ROOT / "prepare.py").read_text()
+    assert small._dataset().code == code
+    base = small.fingerprint(meta, code)
+    assert small.fingerprint(meta, code.replace("# == 9. METRIC", "# another comment\n# == 9. METRIC")) == base
+    assert small.fingerprint(meta, code.replace("LEAK = 1e-3", "LEAK = 1e-2")) != base
 
 
 @pytest.mark.parametrize(
@@ -609,7 +608,7 @@ def test_summary_has_its_keys_in_order(small, monkeypatch):
     assert lines["val_bpb"] == f"{value:.6f}"
     epochs = 8 * 65 / small._dataset().meta["splits"]["train"]["tokens"]
     assert lines["epochs"] == f"{epochs:.2f}"
-    assert lines["harness"] == facts["harness"] == small.fingerprint(small._dataset().meta)
+    assert lines["harness"] == facts["harness"] == small.fingerprint(small._dataset().meta, small._dataset().code)
     assert lines["device"].startswith("cpu (")
     assert facts["memory_mb"] is None
     assert facts["steps"] == 7

@@ -113,6 +113,12 @@ def test_a_file_that_has_run_is_said():
     assert "same file" not in said([*BASE, ("bbbbbbb", 42, 0.9995), ("bbbbbbb", 43, 0.9993)])
 
 
+def test_seeds_that_change_nothing_are_said():
+    rows = [*BASE, ("bbbbbbb", 42, 0.99), ("bbbbbbb", 43, 0.99001), ("bbbbbbb", 44, 0.990005)]
+    assert "its seeds hardly differ: does it draw from SEED?" in said(rows)
+    assert "hardly differ" not in said([*BASE, ("bbbbbbb", 42, 0.99), ("bbbbbbb", 43, 0.9901)])
+
+
 def test_best_is_the_best_mean_among_kept_commits():
     rows = [*BASE, ("bbbbbbb", 42, 0.9900), ("ccccccc", 42, 0.9800), ("ddddddd", 42, 0.9850)]
     assert "on ccccccc, 0.980000" in said(rows, {"aaaaaaa": "keep", "bbbbbbb": "keep", "ccccccc": "keep"})
