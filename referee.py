@@ -388,6 +388,7 @@ class Run:
     code: str = ""  # hash of the edited files
     score: float | None = None
     audit: float | None = None
+    device: object = None  # of the model that was scored
     rows: int = 0  # rows drawn for training
     guarded: bool = False
     recorded: bool = False

@@ -315,7 +315,13 @@ DEFECTS = [
         'known = ("<none>",)',
         "metric",
     ),
-    ("dataset looked up again", "prepare.py", "@functools.cache\ndef _dataset", "def _dataset", "cheats"),
+    (
+        "dataset looked up again",
+        "prepare.py",
+        "@functools.cache\ndef _dataset",
+        "@functools.lru_cache(maxsize=0)\ndef _dataset",
+        "cheats",
+    ),
     (
         "files not watched",
         "prepare.py",
