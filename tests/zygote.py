@@ -18,7 +18,7 @@ def child(script, folder, env, log):
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     sys.argv = [script]
-    for name in ("prepare", "train"):
+    for name in ("referee", "prepare", "train"):
         sys.modules.pop(name, None)
     runpy.run_path(script, run_name="__main__")
 
