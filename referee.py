@@ -1330,7 +1330,7 @@ def measure(function, *, metric, edits, frozen=(), lower_is_better=True, budget=
         )
     except RefereeError as error:
         sys.exit(f"\nFAIL: {error.kind}: {error}")  # nothing is written
-    guard(body, lambda: "cpu", budget, experiment)
+    guard(body, lambda: f"ruler-{hash_text(str(folder))[:12]}", budget, experiment)
 
 
 def scored(result):
