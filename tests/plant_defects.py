@@ -1,7 +1,7 @@
 """Plants the defects of tests/defects.py one by one in a copy of the project and shows that the suite catches each.
 
     uv run python tests/plant_defects.py               # all of them: an hour on two cores
-    uv run python tests/plant_defects.py --sample 6    # six, others every day
+    uv run python tests/plant_defects.py --sample 4    # four, others every day
     uv run python tests/plant_defects.py lock window   # those whose name holds one of the words
 
 Not collected by pytest. Exit status 1 where a defect survives.
