@@ -708,17 +708,17 @@ def pace(run):
 
 
 def fastest_by_file(runs):
-    """{hash of the edited files: the record that made its steps fastest}."""
-    fastest = {}
+    """{hash of the edited files: of its last three records the one that made its steps fastest}. Three slow runs in a
+    row are what the machine is now: a night must not wait for ever for the speed it once had."""
+    latest = {}
     for run in runs:
-        seconds = pace(run)
-        if seconds is not None and (run["code"] not in fastest or seconds < pace(fastest[run["code"]])):
-            fastest[run["code"]] = run
-    return fastest
+        if pace(run) is not None:
+            latest.setdefault(run["code"], []).append(run)
+    return {code: min(group[-3:], key=pace) for code, group in latest.items()}
 
 
 def slowed_against(run, fastest):
-    """The fastest run of the same file where it made its steps over a quarter faster than this one, else None."""
+    """The fast run of the same file that made its steps over a quarter faster than this one, else None."""
     twin = fastest.get(run["code"])
     if twin is None or pace(run) is None:
         return None

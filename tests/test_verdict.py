@@ -202,6 +202,12 @@ def test_a_slowed_run_is_no_noise_whenever_it_ran():
     assert full(slow(42, 0.9980, 13), slow(41, 1.5, 8)) == alone  # the slow one came first
 
 
+def test_a_machine_that_stays_slow_is_taken_as_it_is():
+    fast, slows = slow(42, 0.9980, 13), [slow(43, 1.1, 8), slow(43, 1.1, 8), slow(43, 1.1, 8)]
+    assert full(slows[1], fast, slows[0]).startswith("none (slowed")
+    assert full(slows[2], fast, *slows[:2]).startswith("discard")
+
+
 def test_a_score_repeated_after_a_slowed_one_replaces_it():
     first, again = slow(43, 1.1, 8), slow(43, 0.9982, 13)
     line = full(again, slow(42, 0.9980, 13), first)
