@@ -51,7 +51,8 @@ def record(n, seed, score, **more):
 
 def simulated_night(folder):
     """Plays IDEAS, of drawn effects, by the referee's verdicts with a noise sd of 0.0007, and writes the log."""
-    rng, runs, best, memory = random.Random(5), [], 0.9979, 44.0
+    rng, runs = random.Random(5), []
+    best, memory = 0.9979, 44.0
     for n, idea in enumerate(IDEAS.replace("\n", "").split("|")):
         effect = rng.expovariate(200) if rng.random() < 0.75 else -rng.expovariate(450)
         score = best + effect if n else best
