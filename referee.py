@@ -1512,8 +1512,18 @@ class Night:
 
     @property
     def verdict(self):
-        before = [run for run in self.runs if run is not self.last]
-        return verdict_on(self.last, [*before, self.last], self.results)
+        return self.verdict_of(self.last)
+
+    def verdict_of(self, record):
+        """The Verdict on a record of HEAD as if it were the newest."""
+        others = [run for run in self.runs if run is not record]
+        return verdict_on(record, [*others, record], self.results)
+
+    @property
+    def unfinished(self):
+        """Whether HEAD's discard rows are those of an idea that is still being run with other seeds."""
+        scored = [run for run in self.head_runs if run["score"] is not None]
+        return self.status == "discard" and bool(scored) and self.verdict_of(scored[-1]).word == "rerun"
 
     @property
     def tries(self):
@@ -1588,7 +1598,7 @@ def next_step(night):
         if night.changed:
             return f"finish the edit of {edited} and commit it ({COMMIT}), or git restore {edited}; then {me('run')}"
         return f"{me('run')}"
-    if night.status == "crash" or (night.status == "discard" and night.verdict.word != "rerun"):
+    if night.status in ("discard", "crash") and not night.unfinished:
         return f"{me('log')} (it takes the dropped commit off the branch)"
     if night.last["fail"]:
         return after_failure(night)
@@ -1765,7 +1775,7 @@ def command_log(experiment, word=None, note=""):
     if not night.logged(night.last) or status != night.status:
         write_row(night, status, note)
     night.results = read_results(experiment.results)
-    going_on = word is None and night.verdict.word == "rerun"
+    going_on = word is None and night.unfinished
     if night.status in ("discard", "crash") and not going_on:
         go_back(night)
     return finish_log(night)

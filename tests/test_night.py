@@ -201,6 +201,20 @@ def test_a_run_that_is_killed_is_run_again_and_is_no_crash(project):
     assert rows(project) == []
 
 
+def test_a_rerun_that_is_killed_is_run_again(project):
+    baseline(project)
+    commit(project, version(seeds(0.9)), "promising")
+    referee(project, "run")
+    assert next_step(referee(project, "log")[1]) == "uv run referee.py run --seed 43"
+    text = (project / "prepare.py").read_text()
+    (project / "prepare.py").write_text(text.replace("time.sleep(seconds)", "time.sleep(30)"))
+    referee(project, "run", "--wait", "0")
+    os.kill(json.loads((project / "run.json").read_text())["pid"], signal.SIGKILL)
+    (project / "prepare.py").write_text(text)
+    assert next_step(referee(project, "status")[1]) == "uv run referee.py run --seed 43"
+    assert git(project, "log", "-1", "--format=%s") == "promising"
+
+
 def test_a_mend_that_was_interrupted_goes_on(project):
     baseline(project)
     commit(project, version(does="error"), "raises")
