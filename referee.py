@@ -93,7 +93,7 @@ SEED, WRONG_SEED = whole_number("SEED", FIRST_SEED, 0, 2**63 - 1)
 def write_atomic(path, content):
     """Writes text or bytes under a temporary name, then renames: the file is whole or as it was."""
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.part")  # one that a kill leaves is the next writer's
     data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     try:
         part.write_bytes(data)
