@@ -1568,25 +1568,24 @@ def read_night(experiment):
 
 
 def git_lock(place):
-    """A lock file that git left or holds, None where there is none."""
-    for path in (place.own / "index.lock", place.own / "HEAD.lock"):
-        if path.exists():
-            return path
+    """A lock file of git, None where there is none. One that is older than 5 s while no git runs on this machine was
+    left by a git that was killed: it is removed."""
+    found = [path for path in (place.own / "index.lock", place.own / "HEAD.lock") if path.exists()]
+    if not found:
+        return None
+    names = subprocess.run(["ps", "-Ao", "comm="], capture_output=True, text=True).stdout.split()
+    for lock in found:
+        if "git" in names or time.time() - lock.stat().st_mtime <= 5:
+            return lock
+        lock.unlink(missing_ok=True)
+        print(f"removed {lock}, which a killed git had left")
     return None
 
 
-def remove_stale_lock(place):
-    """Removes git's lock where it is older than 5 s and no git runs on this machine: a git that was killed left it."""
-    lock = git_lock(place)
-    if lock is None:
-        return
-    names = subprocess.run(["ps", "-Ao", "comm="], capture_output=True, text=True).stdout.split()
-    age = time.time() - lock.stat().st_mtime
-    require(
-        "git" not in names and age > 5, f"git is at work or was killed a moment ago ({lock}); run this again in 10 s"
-    )
-    lock.unlink(missing_ok=True)
-    print(f"removed {lock}, which a killed git had left")
+def require_unlocked(night):
+    """Raises RefereeError while git is locked."""
+    said = f"git is at work or was killed a moment ago ({night.lock}); run this again in 10 s"
+    require(night.lock is None, said)
 
 
 def next_step(night):
@@ -1594,6 +1593,8 @@ def next_step(night):
     edited = night.experiment.edited
     if night.running:
         return f"{me('wait')}"
+    if night.lock:
+        return f"git is at work or was killed a moment ago: wait 10 s, then {me('status')}"
     if night.last is None:
         if night.changed:
             return f"finish the edit of {edited} and commit it ({COMMIT}), or git restore {edited}; then {me('run')}"
@@ -1657,7 +1658,7 @@ def command_run(experiment, seed=None, seconds=540):
     require(not changed, f"{changed} is changed but not committed; run: {COMMIT}")
     if seed is None:
         seed = seed_to_run(night)
-    remove_stale_lock(night.place)
+    require_unlocked(night)
     facts = start(experiment, night.place, seed)
     print(f"running {said_of(facts)}; at most {seconds} s are waited for", flush=True)
     return command_wait(experiment, seconds)
@@ -1833,7 +1834,7 @@ def go_back(night):
     experiment, place = night.experiment, night.place
     folder = experiment.folder
     require(place.parent is not None, f"{place.short} is the first commit; there is nothing to go back to")
-    remove_stale_lock(place)
+    require_unlocked(night)
     must_git(folder, "update-ref", f"refs/autoresearch/{place.short}", place.head)
     if unlike_parent(experiment, place) and night.changed:
         edit = git_text(folder, "stash", "create")
@@ -1914,7 +1915,7 @@ def trouble_lines(night):
     if night.skipped:
         lines.append(f"runs: {night.skipped} damaged files are skipped")
     if night.lock:
-        lines.append(f"git: {night.lock} exists; `run` and `log` remove it when no git is at work")
+        lines.append(f"git: {night.lock} exists")
     for run in [run for run in night.runs if run["why_not"] and not run["fail"]][-3:]:
         lines.append(
             f"does not count: {(run['commit'] or 'no commit')[:7]}, seed {run['seed']}: {'; '.join(run['why_not'])}"

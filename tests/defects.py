@@ -743,7 +743,13 @@ DEFECTS = [
         "    if False:",
         "night",
     ),
-    ("every lock is stale", "referee.py", '"git" not in names and age > 5', "True", "night"),
+    (
+        "every lock is stale",
+        "referee.py",
+        'if "git" in names or time.time() - lock.stat().st_mtime <= 5:',
+        "if False:",
+        "night",
+    ),
     (
         "print at import",
         "prepare.py",

@@ -112,7 +112,10 @@ class Agent:
         step = step[1]
         if step.startswith("the next idea"):
             return self.next_idea()
-        if step.startswith("finish the edit") or step.startswith("git is at work"):
+        if step.startswith("git is at work"):
+            self.shell("sleep 1")
+            return self.shell(self.commands.status)
+        if step.startswith("finish the edit"):
             self.shell(f"git restore {self.edited.name}")
             return self.shell(self.commands.status)
         if step.startswith(("mend", "finish the mend")):
