@@ -1599,6 +1599,12 @@ def next_step(night):
         if night.changed:
             return f"finish the edit of {edited} and commit it ({COMMIT}), or git restore {edited}; then {me('run')}"
         return f"{me('run')}"
+    return after_run(night)
+
+
+def after_run(night):
+    """The step after a run of HEAD."""
+    edited = night.experiment.edited
     if night.status in ("discard", "crash") and not night.unfinished:
         return f"{me('log')} (it takes the dropped commit off the branch)"
     if night.last["fail"]:
