@@ -201,6 +201,18 @@ def test_a_run_that_is_killed_is_run_again_and_is_no_crash(project):
     assert rows(project) == []
 
 
+def test_a_run_outlives_the_agent_and_its_process_group(project):
+    commit(project, version(seeds(1.0), seconds=2), "slow")
+    command = [sys.executable, "referee.py", "run"]
+    agent = subprocess.Popen(command, cwd=project, start_new_session=True, stdout=subprocess.DEVNULL)
+    while not (project / "run.json").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(agent.pid, signal.SIGKILL)
+    agent.wait()
+    assert "val_bpb:          1.000000" in referee(project, "wait")[1]
+
+
 def test_a_rerun_that_is_killed_is_run_again(project):
     baseline(project)
     commit(project, version(seeds(0.9)), "promising")
