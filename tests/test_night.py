@@ -201,6 +201,13 @@ def test_a_run_that_is_killed_is_run_again_and_is_no_crash(project):
     assert rows(project) == []
 
 
+def test_nothing_runs_that_run_json_does_not_name(project):
+    killed_at(project, ["run"], "write_atomic")
+    time.sleep(1)
+    assert not (project / "run.json").exists()
+    assert records(project) == []
+
+
 def test_a_run_outlives_the_agent_and_its_process_group(project):
     commit(project, version(seeds(1.0), seconds=2), "slow")
     command = [sys.executable, "referee.py", "run"]
