@@ -1605,16 +1605,17 @@ def next_step(night):
 def after_run(night):
     """The step after a run of HEAD."""
     edited = night.experiment.edited
+    last, verdict = night.last, night.verdict
+    if verdict.word != "none" and not night.logged(last):
+        return me("log")
     if night.status in ("discard", "crash") and not night.unfinished:
         return f"{me('log')} (it takes the dropped commit off the branch)"
-    if night.last["fail"]:
+    if last["fail"]:
         return after_failure(night)
-    if night.verdict.word == "none":
+    if verdict.word == "none":
         return after_none(night)
-    if not night.logged(night.last):
-        return f"{me('log')}"
-    if night.verdict.seed is not None and (night.status != "keep" or night.verdict.word != "rerun"):
-        return f"{me('run')} --seed {night.verdict.seed}"
+    if verdict.seed is not None and (night.status != "keep" or verdict.word != "rerun"):
+        return f"{me('run')} --seed {verdict.seed}"
     if night.changed:
         return f"finish the edit of {edited}, then {COMMIT} && {me('run')}; or git restore {edited}"
     return f"the next idea: edit {edited}, then {COMMIT} && {me('run')}"
@@ -1894,7 +1895,9 @@ def table_lines(night):
         return ["best: no run has a score that counts yet"]
     table = table_of(scored[-1], night.runs)
     fastest = fastest_by_file(table)
+    every = len(table)
     table = [run for run in table if not slowed_against(run, fastest)]
+    slowed = f", {every - len(table)} slowed ones left out" if len(table) < every else ""
     commits = scores_by_commit(table)
     sd, df = pooled_noise(commits)
     kept = [commit for commit in commits if night.results.status(commit) == "keep"]
@@ -1908,7 +1911,10 @@ def table_lines(night):
         ]
     known = f"sd {sd:.6f}, df {df}" if df else "unknown"
     device = scored[-1]["device"]
-    return [*lines, f"noise: {known}; {len(table)} runs that compare, on {device}, harness {scored[-1]['harness']}"]
+    return [
+        *lines,
+        f"noise: {known}; {len(table)} runs that compare{slowed}, on {device}, harness {scored[-1]['harness']}",
+    ]
 
 
 def trouble_lines(night):

@@ -389,6 +389,19 @@ def test_run_refuses_what_is_not_committed(project):
     assert records(project) == []
 
 
+def test_a_third_seed_that_keeps_is_said_to_be_logged_and_not_dropped(project):
+    for _ in range(3):
+        stage.referee(project, "run")
+        stage.referee(project, "log")
+    commit(project, version(seeds(0.9, 0.9001, 0.9002)), "better")
+    for _ in range(2):
+        stage.referee(project, "run")
+        stage.referee(project, "log")
+    out = stage.referee(project, "run")[1]
+    assert "keep (gain +" in out
+    assert last(out) == "next: uv run referee.py log"
+
+
 def test_run_takes_the_next_seed_and_stops_when_there_is_none(project):
     for seed in (42, 43, 44):
         stage.referee(project, "run")
@@ -424,6 +437,7 @@ def test_a_slowed_run_is_to_be_run_again_and_is_not_logged(project):
     out = stage.referee(project, "status")[1]
     assert "slowed: 8 steps where seed 42 of the same file made 13" in out
     assert last(out) == "next: uv run referee.py run --seed 43"
+    assert "1 runs that compare, 1 slowed ones left out" in out
     assert "does not count" in stage.referee(project, "log")[1]
     assert len(rows(project)) == 1
 
