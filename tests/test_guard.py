@@ -182,16 +182,35 @@ def test_malformed_variables_are_refused_by_name(project, env):
     assert "whole number" in last(out)
 
 
+TWICE = """
+import os, signal, time
+from prepare import referee
+
+ending = referee.record_failure
+
+
+def late(*words):
+    os.kill(os.getpid(), signal.SIGTERM)  # again, while the run is being ended
+    time.sleep(0.1)
+    ending(*words)
+
+
+def main():
+    referee.record_failure = late
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+
+
+referee.guard(main, lambda: "cpu", 30)
+"""
+
+
 def test_sigterm_even_twice_is_one_failed_run(project):
-    commit(project, version(seconds=30), "slow")
-    log = project / "out.log"
-    with open(log, "w") as out:
-        process = subprocess.Popen([sys.executable, "train.py"], cwd=project, env=stage.environment(), stdout=out)
-    wait_for(log, "warming up")
-    process.terminate()
-    process.terminate()
-    assert process.wait(timeout=20) == 1
-    assert last(log.read_text()).startswith("FAIL: error: ended early")
+    commit(project, TWICE, "ended from outside")
+    status, out = train(project)
+    assert status == 1
+    assert last(out).startswith("FAIL: error: ended early")
+    assert records(project)[0]["fail"]["kind"] == "error"
 
 
 def wait_for(path, word):
