@@ -5,6 +5,11 @@
     uv run referee.py log [keep|discard|crash] [--note TEXT]        writes HEAD's run into results.tsv, goes back if dropped
     uv run referee.py status                                        branch, best, noise, last rows, and the next step
 
+In a fleet (fleet/program.md), where commits run in slots and come back in any order:
+
+    uv run referee.py submit [COMMIT] [--seed N] [--gpus KIND]      sends a commit to a slot, and takes it off the branch
+    uv run referee.py log COMMIT [keep|discard|crash]               its rows; keeps it where the branch is its base
+
 Each command takes the folder of the experiment as a last argument; without one it is the folder it is called in. There
 train.py is run or, where there is none, ruler.py, which ends in a call of measure() and makes any metric an experiment.
 
@@ -25,7 +30,8 @@ Rooms, each using only those above it:
     13. GUARD      one run a device, under a watchdog, with one line for every failure
     14. MEASURE    the door for any other metric
     15. NIGHT      the state of a night, and the step that follows from it
-    16. COMMANDS   run, wait, log, status
+    16. FLEET      commits that run in many slots at once
+    17. COMMANDS   run, wait, log, status, submit
 """
 
 import ast
@@ -38,6 +44,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -46,7 +53,7 @@ import tempfile
 import threading
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 # == 1. CONSTANTS ======================================================================================================
@@ -437,6 +444,22 @@ def runs_folder(folder, place):
     return place.common.parent / folder.relative_to(place.top) / "runs"
 
 
+def night_folder(experiment):
+    """The folder whose night this run belongs to: the experiment's own, or in a slot (fleet/slot.sh) the one that
+    AUTORESEARCH_NIGHT names."""
+    return Path(os.environ.get("AUTORESEARCH_NIGHT") or experiment.folder)
+
+
+def night_runs(experiment, place):
+    """runs/ of that night."""
+    folder = night_folder(experiment)
+    return runs_folder(folder, place if folder == experiment.folder else repository(folder))
+
+
+def in_slot():
+    return "AUTORESEARCH_NIGHT" in os.environ
+
+
 def write_record(runs, record):
     """Writes one file a run: nothing tears or interleaves, and logs of several machines are pooled by copying files."""
     runs.mkdir(parents=True, exist_ok=True)
@@ -461,9 +484,8 @@ def sound(record):
     return record["commit"] is None or re.fullmatch(r"[0-9a-f]{7,64}", record["commit"]) is not None
 
 
-def read_runs(folder, place=None):
-    """(sound records, oldest first; how many files were skipped) of an experiment's runs/."""
-    runs = runs_folder(folder, place or repository(folder))
+def read_runs(runs):
+    """(sound records, oldest first; how many files were skipped) of a folder runs/."""
     found, skipped = [], 0
     for path in sorted(runs.glob("*.json")):
         try:
@@ -495,6 +517,7 @@ def new_record(experiment, place, seed):
         "harness": None,
         "device": None,
         "why_not": [],
+        "slot": in_slot(),
     }
 
 
@@ -662,8 +685,6 @@ def judge(runs, statuses):
         counted = f"{after}mean {mean(mine):.6f} of {len(mine)} seeds; {noise}"
         if statuses.get(run["commit"]) == "keep":
             return Verdict("keep", f"{counted}; measured again", seed)
-        if "keep" in statuses.values():
-            return Verdict("none", "no kept run compares; run the kept commit again")
         return Verdict("baseline", counted, seed)
     best = min(others, key=lambda commit: sign * mean(commits[commit]))
     gain = sign * (mean(commits[best]) - mean(mine))
@@ -731,8 +752,9 @@ def table_of(record, runs):
     return [run for run in same if run["score"] is not None and not run["why_not"] and run["commit"]]
 
 
-def verdict_on(record, runs, results):
-    """The Verdict on a record, given all records (this one among them) and what results.tsv says."""
+def verdict_on(record, runs, results, bases=None):
+    """The Verdict on a record, given all records (this one among them) and what results.tsv says. bases: the commits it
+    was cut from, where only those of them that were kept are compared with; None for every kept commit."""
     if record["fail"]:
         return Verdict("none", f"it failed: {record['fail'].get('kind')}")
     if record["why_not"]:
@@ -750,11 +772,27 @@ def verdict_on(record, runs, results):
     counted = [run for run in table if run is not record and not slowed_against(run, fastest)]
     if results.trouble:
         return Verdict("none", f"{results.trouble}; mend that, then: uv run referee.py status")
-    statuses = {run["commit"]: results.status(run["commit"]) for run in counted}
-    statuses[record["commit"]] = results.status(record["commit"])
+    commits = {run["commit"] for run in counted if bases is None or run["commit"] in bases}
+    statuses = {commit: results.status(commit) for commit in {*commits, record["commit"]}}
     if results.names_a_keep() and "keep" not in statuses.values():
-        statuses[None] = "keep"  # one that is not in this table, or in a line that cannot be read
+        return Verdict("none", f"no kept run compares; {run_first(record, runs, results, bases)}")
     return judge([*counted, record], statuses)
+
+
+def run_first(record, runs, results, bases):
+    """The kept commit that has to run before a record can be judged, as a phrase: the last one that it was cut from."""
+    kept = [run for run in runs if run["score"] is not None and results.status(run["commit"]) == "keep"]
+    kept = [run for run in kept if bases is None or run["commit"] in bases]
+    if not kept:
+        return "run the kept commit again"
+    base = kept[-1]
+    if base["harness"] != record["harness"] and base["device"] == record["device"]:
+        there = f"{base['host']} and {record['host']}" if base["host"] != record["host"] else record["host"]
+        return (
+            f"{base['commit'][:7]} ran under harness {base['harness']}, this one under {record['harness']} "
+            f"({there}): make data and frozen files the same, or run {base['commit'][:7]} again"
+        )
+    return f"run {base['commit'][:7]} on this kind first"
 
 
 # == 10. LOOK ==========================================================================================================
@@ -1025,15 +1063,30 @@ def finish(lines, facts):
     add_doubts()
     record = new_record(run.experiment, run.repository, SEED) | facts
     record |= step_facts() | {"score": round(run.score, 6), "why_not": list(run.doubts)}
-    runs = runs_folder(run.experiment.folder, run.repository)
+    trouble = save_record(record)
+    run.recorded = True
+    said = f"none ({trouble})" if trouble else str(spoken_verdict(record))
+    print(f"{'verdict:':<17} {said}", flush=True)
+
+
+def save_record(record):
+    """Writes this run's record into runs/ of its night; returns what went wrong as a sentence, else None. In a slot the
+    record then goes into the slot's own clone, which slot.sh keeps."""
+    experiment, place = this_run.experiment, this_run.repository
+    runs = night_runs(experiment, place)
     try:
         write_record(runs, record)
-        run.recorded = True
-        said = str(spoken_verdict(record))
+        return None
     except OSError as error:
-        run.recorded = True
-        said = f"none (the run could not be written into {runs}: {error.strerror}; free some room, then run it again)"
-    print(f"{'verdict:':<17} {said}", flush=True)
+        trouble = f"the run could not be written into {runs}: {error.strerror}; free some room, then "
+    own = runs_folder(experiment.folder, place)
+    if own == runs:
+        return f"{trouble}run it again"
+    try:
+        write_record(own, record)
+        return f"{trouble}copy what is in {own} there"
+    except OSError:
+        return f"{trouble}run it again"
 
 
 def spoken_verdict(record):
@@ -1042,13 +1095,26 @@ def spoken_verdict(record):
     results = read_results(experiment.results)
     if results.wrong:
         print(f"results.tsv: {wrong_lines(results)}")
-    before, skipped = read_runs(experiment.folder, this_run.repository)
+    before, skipped = read_runs(night_runs(experiment, this_run.repository))
     if skipped:
         print(f"runs: {skipped} damaged files are skipped")
     if len(before) <= 1 and (experiment.folder / "runs.jsonl").is_file():
         print("runs.jsonl: from an earlier version, whose scores do not compare with these; it is not read any more")
     runs = [run for run in before if run["time"] != record["time"] or run["pid"] != record["pid"]]
+    if in_slot():
+        return slot_verdict(record, runs)
     return verdict_on(record, [*runs, record], results)
+
+
+def slot_verdict(record, runs):
+    """What a run in a slot says: it is judged when it is logged, against the commits it was cut from."""
+    others = {run["harness"] for run in runs if run["score"] is not None and run["metric"] == record["metric"]}
+    if record["harness"] in others or not others:
+        return Verdict("none", "this slot does not judge; uv run referee.py status does, in the night's folder")
+    known = " and ".join(sorted(str(each) for each in others))
+    return Verdict(
+        "none", f"harness {record['harness']} on {record['host']}, {known} elsewhere: are its data and files the same?"
+    )
 
 
 def wrong_lines(results):
@@ -1282,10 +1348,9 @@ def record_failure(kind, sentence):
     record = (
         new_record(run.experiment, run.repository, SEED) | step_facts() | {"fail": fail, "why_not": list(run.doubts)}
     )
-    try:
-        write_record(runs_folder(run.experiment.folder, run.repository), record)
-    except OSError as error:
-        print(f"\nthe failure could not be written into runs/: {error.strerror}", flush=True)
+    trouble = save_record(record)
+    if trouble:
+        print(f"\n{trouble}", flush=True)
 
 
 # == 14. MEASURE =======================================================================================================
@@ -1449,7 +1514,7 @@ def settle(experiment, place):
     facts = started_run(experiment)
     if facts is None or is_running(facts):
         return facts
-    if record_of(facts, read_runs(experiment.folder, place)[0]) is None:
+    if record_of(facts, read_runs(runs_folder(experiment.folder, place))[0]) is None:
         kind, sentence = last_failure(experiment.log)
         record = new_record(experiment, place, facts["seed"])
         for key in ("pid", "host", "commit", "parent", "subject", "code"):
@@ -1495,6 +1560,7 @@ class Night:
     changed: list = field(default_factory=list)  # edited files that HEAD does not hold so
     running: dict | None = None  # run.json's facts of a run that goes on
     lock: Path | None = None  # a lock file of git
+    bases: tuple | None = None  # newest first, the commits that HEAD was cut from, where only those are compared with
 
     @property
     def head_runs(self):
@@ -1517,7 +1583,7 @@ class Night:
     def verdict_of(self, record):
         """The Verdict on a record of HEAD as if it were the newest."""
         others = [run for run in self.runs if run is not record]
-        return verdict_on(record, [*others, record], self.results)
+        return verdict_on(record, [*others, record], self.results, self.bases)
 
     @property
     def unfinished(self):
@@ -1554,7 +1620,7 @@ def read_night(experiment):
         f"{experiment.folder}: {place.trouble}; run: git init && git add -A && git commit -m start",
     )
     started = settle(experiment, place)
-    runs, skipped = read_runs(experiment.folder, place)
+    runs, skipped = read_runs(runs_folder(experiment.folder, place))
     return Night(
         experiment,
         place,
@@ -1654,7 +1720,334 @@ def after_none(night):
     return f"mend what the verdict says, then {MEND} && {me('run')}; or {me('log discard')}"
 
 
-# == 16. COMMANDS ======================================================================================================
+# == 16. FLEET =========================================================================================================
+
+SLOT = "fleet/slot.sh"  # runs one commit with one seed on one device
+OUT = "refs/autoresearch/out"  # below it a branch, below that the commits cut from it that have no last word yet
+WAITING = 2  # jobs that wait in the queue while every slot works
+LOST = 3  # runs without a result after which the idea itself is suspected
+QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "CONFIGURING", "INIT", "SETTING_UP")
+
+
+@dataclass
+class Trial:
+    """A commit that is out. night: the state of the night as seen from this commit, in which it is HEAD."""
+
+    night: Night
+    tip: str  # the commit at which the branch stands
+    jobs: dict  # {seed: "running" or "queued"}
+    waits_for: str | None = None  # the baseline that it was cut from, while that one is not logged
+    successor: str | None = None  # the commit that brings the same idea onto a newer base
+
+    @property
+    def commit(self):
+        return self.night.place.head
+
+    @property
+    def short(self):
+        return self.night.place.short
+
+    @property
+    def kept(self):
+        return self.night.status == "keep"
+
+    @property
+    def is_baseline(self):
+        return self.commit == self.tip and not self.night.results.names_a_keep()
+
+    @property
+    def verdicts(self):
+        """[(record, Verdict)], one for each kind of device, in the order in which the kinds first ran."""
+        kinds = {}
+        for run in self.night.head_runs:
+            if run["score"] is not None:
+                kinds[tuple(run.get(key) for key in SAME)] = run
+        return [(run, self.verdict_on_kind(run)) for run in kinds.values()]
+
+    def verdict_on_kind(self, record):
+        if self.waits_for:
+            return Verdict("none", f"waits for {self.waits_for[:7]}, which it was cut from")
+        return self.night.verdict_of(record)
+
+    @property
+    def verdict(self):
+        """The first verdict that says something of the idea, else the first; None where no run has a score."""
+        verdicts = [verdict for _, verdict in self.verdicts]
+        decided = [verdict for verdict in verdicts if verdict.word != "none"]
+        return (decided or verdicts or [None])[0]
+
+    @property
+    def unlogged(self):
+        """Records that have no row and deserve one: scores, and failures of the idea's own."""
+        runs = [run for run in self.night.head_runs if not was_interrupted(run) and not self.night.logged(run)]
+        return [run for run in runs if run["score"] is not None or not self.kept]
+
+    @property
+    def times_lost(self):
+        """Starts in a slot that came to nothing."""
+        starts = sum(line.startswith("slot: ") for log in slot_logs(self.night) for line in tail(log, 2000))
+        silent = max(starts - len(self.night.head_runs), 0)
+        return silent + sum(map(was_interrupted, self.night.head_runs))
+
+
+@dataclass
+class Fleet:
+    """What is out in a night. trouble: of an engine that does not answer."""
+
+    night: Night
+    trials: list
+    jobs: dict  # {(commit, seed): "running" or "queued"}, those of other branches among them
+    trouble: str
+    elsewhere: dict  # {branch: {commit: (parent, subject)}} of other branches
+    base: str | None  # the commit below HEAD that HEAD was cut from: kept, or the baseline that is out
+
+    @property
+    def on_idea(self):
+        """Whether HEAD is an idea that has not been taken off the branch."""
+        return self.base is not None and self.night.status != "keep"
+
+    @property
+    def known(self):
+        """{commit: Trial}"""
+        return {trial.commit: trial for trial in self.trials}
+
+    @property
+    def in_use(self):
+        """Whether this night works with slots."""
+        return bool(self.trials) or any(run.get("slot") for run in self.night.runs)
+
+    @property
+    def at_rest(self):
+        """Whether HEAD is what ideas are cut from: kept, or the baseline, which is out."""
+        return not self.on_idea and (self.night.status == "keep" or self.night.place.head in self.known)
+
+
+def was_interrupted(run):
+    """Whether a record is of a run that was preempted or killed, or found its device taken."""
+    fail = run["fail"] or {}
+    return fail.get("kind") == "busy" or AGAIN.search(str(fail.get("sentence"))) is not None
+
+
+def slot_logs(night):
+    """The logs of HEAD's runs in slots, the last written one at the end."""
+    runs = runs_folder(night.experiment.folder, night.place)
+    return sorted(runs.glob(f"{night.place.head}-*.log"), key=lambda path: path.stat().st_mtime)
+
+
+def jobs_of_engines():
+    """({(commit, seed): "running" or "queued"}, trouble or ""): runs of slot.sh that Slurm, a cluster of SkyPilot and
+    this machine know of."""
+    questions = [["ps", "-Ao", "stat=,args="]]
+    if shutil.which("squeue"):
+        questions.append(["squeue", "--noheader", "--me", "--format=%T %o"])
+    if os.environ.get("AUTORESEARCH_CLUSTER"):
+        questions.append(["sky", "queue", "--skip-finished", "--output", "json", os.environ["AUTORESEARCH_CLUSTER"]])
+    jobs = {}
+    for question in questions:
+        try:
+            done = subprocess.run(question, capture_output=True, text=True, errors="replace", check=True)
+            lines = sky_lines(done.stdout) if question[0] == "sky" else done.stdout.splitlines()
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
+            said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+            return {}, f"{question[0]} does not answer: {said[-1][:200] if said else 'no words'}"
+        for line in lines:
+            found = re.match(r"(\S+) .*slot\.sh ([0-9a-f]{40,64}) (\d+)$", line.rstrip())
+            if found:
+                jobs[found[2], int(found[3])] = "queued" if found[1] in QUEUED else "running"
+    return jobs, ""
+
+
+def sky_lines(text):
+    """Jobs of a SkyPilot cluster as lines `STATE slot.sh COMMIT SEED`; start_in_slot() calls a job COMMIT-SEED."""
+    lines = []
+    for jobs in json.loads(text).values():
+        for job in jobs:
+            commit, _, seed = str(job.get("job_name")).partition("-")
+            lines.append(f"{str(job.get('status')).rpartition('.')[2]} slot.sh {commit} {seed}")
+    return lines
+
+
+def claims(place):
+    """{branch: {commit: (parent, subject)}} of all commits that are out, oldest first."""
+    form = "--format=%(refname) %(objectname) %(parent)%09%(subject)"
+    found = {}
+    for line in git_text(place.folder, "for-each-ref", "--sort=committerdate", form, f"{OUT}/").splitlines():
+        words, _, subject = line.partition("\t")
+        name, commit, *parents = words.split()
+        branch = name.removeprefix(f"{OUT}/").rpartition("/")[0]
+        found.setdefault(branch, {})[commit] = (parents[0] if parents else None, subject)
+    return found
+
+
+def ancestors(place, commits):
+    """{commit: list of the commits before it, newest first}, along first parents."""
+    parents = {}
+    for line in git_text(place.folder, "rev-list", "--parents", "--max-count=5000", *commits).splitlines():
+        commit, *before = line.split()
+        parents[commit] = before[0] if before else None
+    found = {}
+    for commit in commits:
+        found[commit] = []
+        before = parents.get(commit)
+        while before is not None:
+            found[commit].append(before)
+            before = parents.get(before)
+    return found
+
+
+def read_fleet(night):
+    """The Fleet of a night's branch."""
+    place = night.place
+    elsewhere = claims(place)
+    mine = elsewhere.pop(place.branch, {}) if place.branch else {}
+    slots = any(run.get("slot") for run in night.runs)
+    jobs, trouble = jobs_of_engines() if mine or slots else ({}, "")
+    before = ancestors(place, [place.head, *mine])
+    kept = {row.commit[:7] for row in night.results.rows if night.results.status(row.commit) == "keep"}
+    bases = [base for base in before[place.head] if base[:7] in kept]
+    if not kept:
+        bases = [base for base in before[place.head] if base in mine][-1:]  # the baseline, which is out
+    fleet = Fleet(night, [], jobs, trouble, elsewhere, bases[0] if bases else None)
+    newest = {subject: commit for commit, (_, subject) in mine.items()}
+    newest |= {place.subject: place.head}
+    for commit, (parent, subject) in mine.items():
+        seen = replace(place, head=commit, short=commit[:7], parent=parent, subject=subject)
+        seen_night = replace(night, place=seen, changed=[], bases=tuple(before[commit]))
+        trial = Trial(seen_night, place.head, {seed: state for (out, seed), state in jobs.items() if out == commit})
+        if fleet.on_idea:
+            trial.tip = fleet.base
+        open_bases = [base for base in before[commit] if base in mine and base[:7] not in kept]
+        trial.waits_for = open_bases[0] if open_bases else None
+        trial.successor = newest[subject] if newest[subject] != commit and parent != trial.tip else None
+        fleet.trials.append(trial)
+    return fleet
+
+
+def fleet_step(fleet):
+    """What is to be done now in a night that works with slots."""
+    night = fleet.night
+    edited = night.experiment.edited
+    if night.lock:
+        return f"git is at work or was killed a moment ago: wait 10 s, then {me('status')}"
+    if fleet.trouble:
+        return f"wait a minute, then {me('status')}; {fleet.trouble}"
+    if (night.place.own / "CHERRY_PICK_HEAD").exists():
+        go_on = "git commit -qa --no-edit"
+        return f"settle the conflict in {edited}, then {go_on} && {me('submit')}; or git cherry-pick --abort"
+    if not fleet.at_rest:
+        return me("submit")
+    if night.changed:
+        return f"finish the edit of {edited}, then {COMMIT} && {me('submit')}; or git restore {edited}"
+    steps = [step for step in (trial_step(fleet, trial) for trial in fleet.trials) if step is not None]
+    if steps:
+        return min(steps, key=lambda step: step[0])[1]
+    if list(fleet.jobs.values()).count("queued") >= WAITING:
+        return me("wait")
+    return f"the next idea: edit {edited}, then {COMMIT} && {me('submit')}"
+
+
+def trial_step(fleet, trial):
+    """(rank, what is to be done about a commit that is out), None while it has to be waited for. What is kept comes
+    first, since the next idea is cut from it; then what frees a commit, then what fills a slot."""
+    short, night = trial.short, trial.night
+    verdict = trial.verdict
+    scored = {run["seed"] for run in night.head_runs if run["score"] is not None}
+    if trial.is_baseline and len(scored | set(trial.jobs)) < ENOUGH:
+        return 2, me(f"submit {short}")
+    if trial.jobs:
+        return None
+    last = night.last
+    if last is None or was_interrupted(last):
+        return 2, lost_step(trial)
+    if trial.kept:
+        return 1, me(f"log {short}")
+    if last["fail"]:
+        mend = f"git cherry-pick {short}, the mend, {MEND} && {me('submit')}"
+        return 1, f"{me(f'log {short}')}; an idea that can be mended goes on with {mend}"
+    if verdict.word == "none":
+        return none_step(fleet, trial)
+    if verdict.seed is not None:
+        return 2, me(f"submit {short} --seed {verdict.seed}")
+    if verdict.word == "keep" and night.place.parent != trial.tip and not trial.successor:
+        pick = f"git cherry-pick {short} && {me('submit')}"
+        return 0, f"{pick} (it gained on a base that is not the newest); if that fails: {me(f'log {short} discard')}"
+    return 0 if verdict.word in ("keep", "baseline") else 1, me(f"log {short}")
+
+
+def lost_step(trial):
+    """The step for a run that ended without a result."""
+    last = trial.night.last
+    again = me(f"submit {trial.short} --seed {last['seed'] if last else FIRST_SEED}")
+    lost = trial.times_lost
+    if lost < LOST:
+        return again
+    return f"{again} (lost {lost} times); where the idea itself is the reason: {me(f'log {trial.short} crash')}"
+
+
+def none_step(fleet, trial):
+    """(rank, step) for a commit whose score does not count, None while a run of its base has to be waited for."""
+    reason, runs = trial.verdict.reason, trial.night.head_runs
+    if trial.waits_for:
+        return None
+    if reason.startswith("slowed") and len(runs) <= LOST:
+        return 2, me(f"submit {trial.short} --seed {trial.night.last['seed']}")
+    if "no kept run compares" in reason or "noise is unknown" in reason:
+        base = next((base for base in trial.night.bases if trial.night.results.status(base) == "keep"), None)
+        if base in fleet.known and fleet.known[base].jobs:
+            return None
+        if base is not None:
+            return 2, f"{me(f'submit {base[:7]}')}, on the kind of device that {trial.short} ran on: {reason}"
+    return 1, f"{me(f'log {trial.short} discard')}: {reason}"
+
+
+def fleet_lines(fleet):
+    """The lines of `status` on what is out, done and lost."""
+    running = [trial for trial in fleet.trials if trial.jobs]
+    states = [state for trial in running for state in trial.jobs.values()]
+    names = [f"{trial.short}:{seed}" for trial in running for seed in sorted(trial.jobs)]
+    counts = f"{states.count('running')} running, {states.count('queued')} queued"
+    lines = [f"out: {counts}{': ' if names else ''}{' '.join(names)}"]
+    for trial in [trial for trial in fleet.trials if not trial.jobs][:5]:
+        lines.append(f"  {trial.short} {trial.night.place.subject[:40]!r}: {said_of_trial(trial)}")
+    for branch, out in list(fleet.elsewhere.items())[:2]:
+        lines.append(f"out on {branch}: {', '.join(repr(subject[:40]) for _, subject in out.values())}")
+    return [line[:300] for line in lines]
+
+
+def said_of_trial(trial):
+    """What came of a commit without a job, on each kind of device."""
+    last = trial.night.last
+    if last is None or was_interrupted(last):
+        log = (slot_logs(trial.night) or [None])[-1]
+        words = (tail(log, 1) if log else None) or ["it has not run"]
+        return f"lost; {words[0]}"
+    if last["fail"]:
+        return f"FAIL: {last['fail'].get('kind')}: {last['fail'].get('sentence')}"
+    verdicts = trial.verdicts
+    if len(verdicts) == 1:
+        return str(verdicts[0][1])
+    return "; ".join(f"on {run['device']} {verdict}"[:120] for run, verdict in verdicts)
+
+
+def start_in_slot(folder, commit, seed, gpus):
+    """Hands a run to the engine; returns what it said. gpus: the kind of device in the engine's words, as h200:1, None
+    for any. RefereeError where there is no engine or it refuses."""
+    cluster = os.environ.get("AUTORESEARCH_CLUSTER")
+    kind = ["--gpus", gpus] if gpus else []
+    if cluster:
+        names = ["--name", f"{commit}-{seed}", "--env", f"COMMIT={commit}", "--env", f"SEED={seed}"]
+        command = ["sky", "exec", "--detach-run", *kind, *names, cluster, "fleet/sky.yaml"]
+    else:
+        command = ["sbatch", *kind, SLOT, commit, str(seed)]
+    by_hand = f"by hand: CUDA_VISIBLE_DEVICES=0 {SLOT} {commit} {seed}"
+    require(shutil.which(command[0]), f"there is no {command[0]} here; in a slot of your own, {by_hand}")
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = (done.stdout.strip().splitlines() or ["nothing"])[-1]
+    require(done.returncode == 0, f"{command[0]} says: {said[:300]}; mend that, then run this again")
+    return said
+
+
+# == 17. COMMANDS ======================================================================================================
 
 
 def command_run(experiment, seed=None, seconds=540):
@@ -1718,10 +2111,19 @@ def require_idle(night):
         raise RefereeError(f"a run is going on ({said_of(night.running)}); run: {me('wait')}")
 
 
+def what_next(night):
+    """The next step of a night, with or without slots."""
+    fleet = read_fleet(night)
+    return fleet_step(fleet) if fleet.in_use and not night.running else next_step(night)
+
+
 def command_wait(experiment, seconds=540):
-    """Waits for the end of the run that was started here and prints it. Returns the exit status."""
+    """Waits for the end of the run that was started here and prints it; in a fleet, until there is something to do.
+    Returns the exit status."""
     place = repository(experiment.folder)
     facts = started_run(experiment)
+    if not is_running(facts) and read_fleet(read_night(experiment)).in_use:
+        return wait_for_fleet(experiment, seconds)
     require(facts is not None, f"no run has been started here; run: {me('run')}")
     end = time.monotonic() + seconds
     while is_running(facts) and time.monotonic() < end:
@@ -1734,10 +2136,21 @@ def command_wait(experiment, seconds=540):
         print(f"it is still running\nnext: {me('wait')}")
         return 0
     settle(experiment, place)
-    record = record_of(facts, read_runs(experiment.folder, place)[0])
+    record = record_of(facts, read_runs(runs_folder(experiment.folder, place))[0])
     show_end(experiment, record)
-    print(f"next: {next_step(read_night(experiment))}")
+    print(f"next: {what_next(read_night(experiment))}")
     return 1 if record is None or record["fail"] else 0
+
+
+def wait_for_fleet(experiment, seconds):
+    """Waits until something can be done in the fleet."""
+    end = time.monotonic() + seconds
+    step = what_next(read_night(experiment))
+    while step == me("wait") and time.monotonic() < end:
+        time.sleep(2)
+        step = what_next(read_night(experiment))
+    print(f"next: {step}")
+    return 0
 
 
 SHOWN = (
@@ -1769,12 +2182,14 @@ def show_end(experiment, record):
             print(line)
 
 
-def command_log(experiment, word=None, note=""):
-    """Writes the last run of HEAD into results.tsv and, where it is dropped, goes back. Row first, git second; repeated,
-    it goes on where it stopped, and changes nothing where it is done."""
+def command_log(experiment, word=None, note="", commit=None):
+    """Writes the last run of HEAD into results.tsv and, where it is dropped, goes back; or the runs of a commit that is
+    out. Row first, git second; repeated, it goes on where it stopped, and changes nothing where it is done."""
     night = read_night(experiment)
     place = night.place
     require_idle(night)
+    if commit is not None or place.head in read_fleet(night).known:
+        return log_trial(night, commit or place.head, word, note)
     require(night.last is not None, f"{place.short} has not run yet; run: {me('run')}")
     if dropped_before(night, word):
         print(f"nothing to log: {night.results.rows[-1].commit} has been dropped")
@@ -1791,8 +2206,148 @@ def command_log(experiment, word=None, note=""):
 
 def finish_log(night):
     """Ends `log` with the line that says what to do next."""
-    print(f"next: {next_step(read_night(night.experiment))}")
+    print(f"next: {what_next(read_night(night.experiment))}")
     return 0
+
+
+def log_trial(night, commit, word, note):
+    """Writes the rows of a commit that is out, keeps or drops it, and takes it off the list of those that are out."""
+    fleet = read_fleet(night)
+    require(not fleet.trouble, fleet.trouble)
+    commit = full_commit(night, commit)
+    trial = fleet.known.get(commit)
+    if trial is None:
+        status = night.results.status(commit)
+        require(status is not None, f"{commit[:7]} is not out on this branch; run: {me('status')}")
+        print(f"nothing to log: {commit[:7]} is {status}")
+        return finish_log(night)
+    seeds = " and ".join(f"seed {seed} is {state}" for seed, state in trial.jobs.items())
+    require(not trial.jobs, f"{trial.short} is not done ({seeds}); run: {me('wait')}")
+    status = "keep" if trial.kept else word or word_of_trial(fleet, trial)
+    moved = status == "keep" and not trial.kept and commit != trial.tip and trial.night.place.parent != trial.tip
+    if moved and not trial.successor:
+        step = f"git cherry-pick {trial.short} && {me('submit')}"
+        raise RefereeError(f"{trial.short} gained on a base that is not the newest; run: {step}, then log this one")
+    if moved:
+        status = "discard"
+        note = note or f"gained on {trial.night.place.parent[:7]}; goes on as {trial.successor[:7]}"
+    require_unlocked(night)
+    if status == "keep" and commit != night.place.head:
+        changed = " and ".join(night.changed)
+        require(not changed, f"{changed} is being edited; finish and submit that, or git restore {changed}; then this")
+        require(fleet.at_rest, f"{night.place.short} is not in a slot yet; run: {me('submit')}")
+    nothing = {"score": None}  # of a commit that was lost whenever it ran, and is given up
+    for record in trial.unlogged or ([] if trial.night.status else [nothing]):
+        write_row(trial.night, status, note or confirmed(trial, record), record)
+    keep_or_drop(night, trial, status)
+    return finish_log(night)
+
+
+def full_commit(night, words):
+    """The 40 digits of a commit; RefereeError where there is none or no one commit begins so."""
+    found = git_text(night.place.folder, "rev-parse", "--verify", "--quiet", f"{words}^{{commit}}")
+    require(found, f"there is no commit {words} here, or more than one; run: {me('status')}")
+    return found
+
+
+def word_of_trial(fleet, trial):
+    """The status that follows from the runs of a commit. RefereeError where none does yet."""
+    last = trial.night.last
+    if not trial.unlogged and trial.night.status is not None:
+        return trial.night.status  # a repeated log
+    if last is not None and last["fail"] and not was_interrupted(last):
+        return "crash"
+    step = trial_step(fleet, trial)
+    open_still = trial.verdict is None or trial.verdict.word in ("none", "rerun") or trial.verdict.seed is not None
+    require(
+        not open_still, f"{trial.short} is not decided: {said_of_trial(trial)}; next: {step[1] if step else me('wait')}"
+    )
+    return "discard" if trial.verdict.word == "discard" else "keep"
+
+
+def confirmed(trial, record):
+    """A note for a row of a commit that was kept before: what the verdict is on another kind of device."""
+    if not trial.kept:
+        return ""
+    return f"on {record['device']}: {trial.verdict_on_kind(record)}"
+
+
+def keep_or_drop(night, trial, status):
+    """Takes the branch forward to a kept commit, keeps a dropped one under a ref; then the commit is out no more."""
+    place, short = night.place, trial.short
+    if status == "keep" and trial.night.place.parent == place.head:
+        must_git(place.folder, "merge", "-q", "--ff-only", trial.commit)
+        print(f"{place.branch} goes on from {short}")
+    if status != "keep":
+        must_git(place.folder, "update-ref", f"refs/autoresearch/{short}", trial.commit)
+        print(f"{short} is kept as refs/autoresearch/{short}")
+    must_git(place.folder, "update-ref", "-d", f"{OUT}/{place.branch}/{trial.commit}")
+
+
+def command_submit(experiment, commit=None, seed=None, gpus=None):
+    """Sends HEAD, or a commit that is named, to a slot. An idea is first noted as out, then submitted, then taken off the
+    branch; repeated, it goes on where it stopped, and never takes off a commit that is kept."""
+    night = read_night(experiment)
+    place = night.place
+    require_idle(night)
+    require_unlocked(night)
+    require(place.branch, "HEAD is on no branch; run: git checkout -q autoresearch/<name>")
+    require((experiment.folder / SLOT).is_file(), f"there is no {SLOT} in {experiment.folder}; a fleet needs it")
+    fleet = read_fleet(night)
+    require(not fleet.trouble, fleet.trouble)
+    idea = commit is None and fleet.on_idea
+    if commit is None:
+        require_submittable(night, fleet)
+    if idea and make_one_commit(night, fleet):
+        return command_submit(experiment, None, seed, gpus)
+    if idea and repeats(night):
+        go_back(night)
+        return finish_log(night)
+    target = full_commit(night, commit or place.head)
+    must_git(place.folder, "update-ref", f"{OUT}/{place.branch}/{target}", target)
+    out = [job for known, job in fleet.jobs if known == target]
+    scored = [run["seed"] for run in night.runs if run["commit"] == target and run["score"] is not None]
+    if idea and out:
+        print(f"{target[:7]} is in a slot already")
+    elif seed is None and target == place.head and not idea and len({*out, *scored}) >= ENOUGH:
+        print(f"the baseline has its {ENOUGH} seeds")
+    elif seed in out:
+        print(f"{target[:7]} with seed {seed} is {fleet.jobs[target, seed]} already")
+    else:
+        seed = next_seed({*out, *scored}) if seed is None else seed
+        print(f"{target[:7]} with seed {seed}: {start_in_slot(experiment.folder, target, seed, gpus)}")
+    if idea:
+        step_back(night)
+    return finish_log(night)
+
+
+def require_submittable(night, fleet):
+    """Raises RefereeError where HEAD is nothing that can be sent to a slot."""
+    place, changed = night.place, " and ".join(night.changed)
+    half_gone_back = fleet.on_idea and place.head in fleet.known and not unlike_parent(night.experiment, place)
+    require(not changed or half_gone_back, f"{changed} is changed but not committed; run: {COMMIT}")
+    require(night.status != "keep", f"{place.short} is kept; commit an idea, or name a commit: {me('submit COMMIT')}")
+
+
+def make_one_commit(night, fleet):
+    """Makes one commit of an idea that is two or more, as if the last ones had amended the first; whether it did."""
+    place, base = night.place, fleet.base
+    if place.parent == base:
+        return False
+    must_git(place.folder, "reset", "-q", "--soft", base)
+    must_git(place.folder, "commit", "-q", "-m", place.subject)
+    print(f"what stood between {base[:7]} and {place.short} is one commit now")
+    return True
+
+
+def repeats(night):
+    """Whether the same file has run already; says as what. Its score is known then, and no slot is spent on it."""
+    code = hash_edits(night.experiment)
+    for run in night.runs:
+        if run["code"] == code and run["score"] is not None and run["commit"] != night.place.head:
+            print(f"not submitted: the same file ran as {run['commit'][:7]} {run['subject']!r}: {score_text(run)}")
+            return True
+    return False
 
 
 def dropped_before(night, word):
@@ -1822,9 +2377,9 @@ def own_word(night):
     return "keep" if verdict.word in ("keep", "baseline") else "discard"
 
 
-def write_row(night, status, note):
-    """Appends the row of HEAD's last run and says so."""
-    record, place = night.last, night.place
+def write_row(night, status, note, record=None):
+    """Appends the row of a run of HEAD, without a record that of its last one, and says so."""
+    record, place = record or night.last, night.place
     first = [row.description for row in night.results.rows if row.is_of(place.head)][:1]
     subject = "baseline" if night.verdict.word == "baseline" or first == ["baseline"] else place.subject
     description = f"{subject} ({note})" if note else subject
@@ -1843,6 +2398,14 @@ def go_back(night):
     require(place.parent is not None, f"{place.short} is the first commit; there is nothing to go back to")
     require_unlocked(night)
     must_git(folder, "update-ref", f"refs/autoresearch/{place.short}", place.head)
+    step_back(night)
+    print(f"{place.short} is kept as refs/autoresearch/{place.short}")
+
+
+def step_back(night):
+    """Takes the edited files and the branch one commit back."""
+    experiment, place = night.experiment, night.place
+    folder = experiment.folder
     if unlike_parent(experiment, place) and night.changed:
         edit = git_text(folder, "stash", "create")
         if edit:
@@ -1851,7 +2414,7 @@ def go_back(night):
     names = [name for name in experiment.edits if (folder / name).exists() or committed(folder, name) is not None]
     must_git(folder, "restore", f"--source={place.parent}", "--staged", "--worktree", "--", *names)
     must_git(folder, "reset", "-q", "--soft", place.parent)
-    print(f"went back to {place.parent[:7]}; {place.short} is kept as refs/autoresearch/{place.short}")
+    print(f"went back to {place.parent[:7]}")
 
 
 def unlike_parent(experiment, place):
@@ -1875,16 +2438,20 @@ def command_status(experiment):
     words = [row.status for row in results.rows]
     counts = ", ".join(f"{words.count(word)} {word}" for word in STATUSES)
     print(f"log: {len(words)} rows: {counts}; the last ones:")
-    for row in results.rows[-5:]:
+    fleet = read_fleet(night)
+    for row in results.rows[-3 if fleet.in_use else -5 :]:
         print(f"  {row.commit} {row.score} {row.status} {row.description[:80]}")
     for line in trouble_lines(night):
         print(line[:300])
     if night.running:
         print(f"running: {said_of(night.running)}; {(tail(experiment.log, 1) or ['no output yet'])[0]}")
+    elif fleet.in_use:
+        for line in fleet_lines(fleet):
+            print(line)
     elif night.last is not None:
         ending = f"FAIL: {night.last['fail'].get('kind')}" if night.last["fail"] else score_text(night.last)
         print(f"last run of HEAD: seed {night.last['seed']}, {ending}; {str(night.verdict)[:240]}")
-    print(f"next: {next_step(night)}")
+    print(f"next: {what_next(night)}")
     return 0
 
 
@@ -1940,26 +2507,35 @@ def usage_error(message):
 
 
 def parse(words):
-    """(command, folder, status word, options) of a command line."""
+    """(command, folder, status word, commit, options) of a command line."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="referee.py", description=__doc__.split("\n\n")[0])
     parser.error = usage_error
-    parser.add_argument("command", choices=["run", "wait", "log", "status"])
+    parser.add_argument("command", choices=["run", "wait", "log", "status", "submit"])
     parser.add_argument(
-        "words", nargs="*", metavar="keep|discard|crash|FOLDER", help="status for log; folder of the experiment"
+        "words",
+        nargs="*",
+        metavar="keep|discard|crash|COMMIT|FOLDER",
+        help="status and commit for log, commit for submit; folder of the experiment",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of the run; else the next one that HEAD needs")
+    parser.add_argument("--gpus", metavar="KIND", help="kind of device for submit, as h200:1 (Slurm, SkyPilot)")
     parser.add_argument("--wait", type=float, metavar="S", default=540, help="seconds to wait for the end (540)")
     parser.add_argument("--note", metavar="TEXT", default="", help="added to the description in results.tsv")
     args = parser.parse_args(words)
     states = [word for word in args.words if word in STATUSES]
-    folders = [word for word in args.words if word not in STATUSES]
-    require(len(states) <= 1 and len(folders) <= 1, f"too many words: {' '.join(args.words)}; run: {me('--help')}")
+    commits = [word for word in args.words if re.fullmatch("[0-9a-f]{7,64}", word)]
+    folders = [word for word in args.words if word not in states and word not in commits]
+    few = len(states) <= 1 and len(folders) <= 1 and len(commits) <= 1
+    require(few, f"too many words: {' '.join(args.words)}; run: {me('--help')}")
     require(not states or args.command == "log", f"{states[:1]} belongs to log; run: {me('--help')}")
+    named = not commits or args.command in ("log", "submit")
+    require(named, f"a commit, {commits[:1]}, belongs to log and submit; run: {me('--help')}")
     require(args.seed is None or 0 <= args.seed < 2**63, f"--seed is {args.seed}; give a whole number from 0")
     require(args.wait >= 0, f"--wait is {args.wait}; give seconds")
-    return args.command, folders[0] if folders else ".", states[0] if states else None, args
+    folder = folders[0] if folders else "."
+    return args.command, folder, states[0] if states else None, commits[0] if commits else None, args
 
 
 def name_caller(folder):
@@ -1973,7 +2549,7 @@ def main(words):
     if words[:1] == ["watch"]:
         return watch(int(words[1]), float(words[2]), words[3])
     try:
-        command, folder, word, options = parse(words)
+        command, folder, word, commit, options = parse(words)
         name_caller(folder)
         experiment = find_experiment(folder)
         if command == "run":
@@ -1981,7 +2557,9 @@ def main(words):
         if command == "wait":
             return command_wait(experiment, options.wait)
         if command == "log":
-            return command_log(experiment, word, options.note)
+            return command_log(experiment, word, options.note, commit)
+        if command == "submit":
+            return command_submit(experiment, commit, options.seed, options.gpus)
         return command_status(experiment)
     except RefereeError as error:
         return f"error: {error}"

@@ -1,0 +1,59 @@
+#!/bin/bash
+#SBATCH --job-name=autoresearch
+#SBATCH --gpus=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=15
+#SBATCH --requeue
+#SBATCH --output=/dev/null
+#
+# One run in a slot of a fleet, called in the night's folder:  fleet/slot.sh COMMIT SEED
+# by Slurm as `sbatch fleet/slot.sh COMMIT SEED`, by fleet/sky.yaml, or by hand after CUDA_VISIBLE_DEVICES=<n>.
+# The log is runs/COMMIT-SEED.log. What cannot be written there is left in the temporary folder and said.
+commit=$1
+seed=$2
+night=${AUTORESEARCH_NIGHT:-$PWD}
+clone=
+run=
+
+say() {
+    echo "FAIL: harness: $1"
+    exit 1
+}
+
+finish() { # the clone goes, unless it holds the only copy of a record
+    if [ -n "$clone" ] && [ ! -d "$clone/runs" ]; then rm -rf "$clone"; fi
+}
+
+end_run() { # Slurm signals all processes of a job, a shell only this one; train.py takes a second signal well
+    if [ -n "$run" ]; then kill -TERM "$run" 2> /dev/null; else exit 143; fi
+}
+
+trap finish EXIT
+trap end_run TERM INT
+
+store=$(git -C "$night" rev-parse --path-format=absolute --git-common-dir) || say "$night is in no git repository; call this in the night's folder"
+runs=$(dirname "$store")/runs
+log=$runs/$commit-$seed.log
+mkdir -p "$runs" && touch "$log" || log=${TMPDIR:-/tmp}/autoresearch-$commit-$seed.log
+exec >> "$log" 2>&1 < /dev/null
+echo "slot: $(date -u +%FT%TZ) on $(hostname), job ${SLURM_JOB_ID:-by hand}, device ${CUDA_VISIBLE_DEVICES:-as found}"
+
+for left in "${TMPDIR:-/tmp}"/autoresearch-slot-*; do # clones of slots that were killed on this machine
+    owner=${left##*-}
+    if [ -O "$left" ] && [ ! -d "$left/runs" ] && ! kill -0 "$owner" 2> /dev/null; then rm -rf "$left"; fi
+done
+
+git -C "$night" rev-parse --verify --quiet "$commit^{commit}" > /dev/null || say "there is no commit $commit in $night; submit one that is there"
+python=${UV_PROJECT_ENVIRONMENT:-$(dirname "$store")/.venv}/bin/python
+[ -x "$python" ] || say "there is no $python on $(hostname); run there, in $(dirname "$store"): uv sync"
+clone=${TMPDIR:-/tmp}/autoresearch-slot-$commit-$$
+git clone --quiet --shared --no-checkout "$store" "$clone" || say "no clone could be made in ${TMPDIR:-/tmp} of $(hostname); free some room there"
+cd "$clone" || exit 1
+git checkout --quiet --detach "$commit" || say "the commit could not be checked out in ${TMPDIR:-/tmp} of $(hostname); free some room there"
+
+# the shared environment's own interpreter: uv would forward a SIGTERM twice
+AUTORESEARCH_NIGHT=$night SEED=$seed PYTHONUNBUFFERED=1 "$python" train.py &
+run=$!
+wait "$run"
+while kill -0 "$run" 2> /dev/null; do wait "$run"; done # a signal ends a wait, not the run
+if [ -d runs ]; then echo "FAIL: harness: the record is in $clone/runs; copy it to $runs"; fi
