@@ -1735,7 +1735,7 @@ class Trial:
 
     night: Night
     tip: str  # the commit at which the branch stands
-    jobs: dict  # {seed: "running" or "queued"}
+    jobs: dict  # {seed: "running", "queued" or "held"}
     waits_for: str | None = None  # the baseline that it was cut from, while that one is not logged
     successor: str | None = None  # the commit that brings the same idea onto a newer base
 
@@ -1796,7 +1796,7 @@ class Fleet:
 
     night: Night
     trials: list
-    jobs: dict  # {(commit, seed): "running" or "queued"}, those of other branches among them
+    jobs: dict  # {(commit, seed): "running", "queued" or "held"}, those of other branches among them
     trouble: str
     elsewhere: dict  # {branch: {commit: (parent, subject)}} of other branches
     base: str | None  # the commit below HEAD that HEAD was cut from: kept, or the baseline that is out
@@ -1835,11 +1835,11 @@ def slot_logs(night):
 
 
 def jobs_of_engines():
-    """({(commit, seed): "running" or "queued"}, trouble or ""): runs of slot.sh that Slurm, a cluster of SkyPilot and
+    """({(commit, seed): "running", "queued" or "held"}, trouble or ""): runs of slot.sh that Slurm, a cluster of SkyPilot and
     this machine know of."""
     questions = [["ps", "-Ao", "stat=,args="]]
     if shutil.which("squeue"):
-        questions.append(["squeue", "--noheader", "--me", "--format=%T %o"])
+        questions.append(["squeue", "--noheader", "--me", "--format=%T/%r %o"])
     if os.environ.get("AUTORESEARCH_CLUSTER"):
         questions.append(["sky", "queue", "--skip-finished", "--output", "json", os.environ["AUTORESEARCH_CLUSTER"]])
     jobs = {}
@@ -1851,10 +1851,17 @@ def jobs_of_engines():
             said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
             return {}, f"{question[0]} does not answer: {said[-1][:200] if said else 'no words'}"
         for line in lines:
-            found = re.match(r"(\S+) .*slot\.sh ([0-9a-f]{40,64}) (\d+)$", line.rstrip())
+            found = re.match(r"([^/]+)(.*) .*slot\.sh ([0-9a-f]{40,64}) (\d+)$", line.rstrip())
             if found:
-                jobs[found[2], int(found[3])] = "queued" if found[1] in QUEUED else "running"
+                jobs[found[3], int(found[4])] = state_of_job(found[1], found[2])
     return jobs, ""
+
+
+def state_of_job(state, reason):
+    """running, queued, or held: one that waits for something else than a slot, as after a preemption."""
+    if state.split()[0] not in QUEUED:
+        return "running"
+    return "held" if re.search("BeginTime|[Hh]eld", reason) else "queued"
 
 
 def sky_lines(text):
@@ -2005,7 +2012,7 @@ def fleet_lines(fleet):
     running = [trial for trial in fleet.trials if trial.jobs]
     states = [state for trial in running for state in trial.jobs.values()]
     names = [f"{trial.short}:{seed}" for trial in running for seed in sorted(trial.jobs)]
-    counts = f"{states.count('running')} running, {states.count('queued')} queued"
+    counts = f"{states.count('running')} running, {len(states) - states.count('running')} queued"
     lines = [f"out: {counts}{': ' if names else ''}{' '.join(names)}"]
     for trial in [trial for trial in fleet.trials if not trial.jobs][:5]:
         lines.append(f"  {trial.short} {trial.night.place.subject[:40]!r}: {said_of_trial(trial)}")
@@ -2381,7 +2388,8 @@ def write_row(night, status, note, record=None):
     """Appends the row of a run of HEAD, without a record that of its last one, and says so."""
     record, place = record or night.last, night.place
     first = [row.description for row in night.results.rows if row.is_of(place.head)][:1]
-    subject = "baseline" if night.verdict.word == "baseline" or first == ["baseline"] else place.subject
+    baseline = first == ["baseline"] or (night.last is not None and night.verdict.word == "baseline")
+    subject = "baseline" if baseline else place.subject
     description = f"{subject} ({note})" if note else subject
     memory = record.get("memory_mb")
     memory = f"{memory / 1024:.1f}" if isinstance(memory, (int, float)) else "0.0"

@@ -38,7 +38,9 @@ class Engine:
         self.list.write_text("")
         programs = folder / "bin"
         programs.mkdir()
-        self.write(programs / "sbatch", f'shift $(($# - 3))\necho "PENDING $PWD/$*" >> {self.list}\necho Submitted\n')
+        self.write(
+            programs / "sbatch", f'shift $(($# - 3))\necho "PENDING/Priority $PWD/$*" >> {self.list}\necho Submitted\n'
+        )
         self.write(programs / "squeue", f"cat {self.list}\n")
         monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
         monkeypatch.setenv("UV_PROJECT_ENVIRONMENT", sys.prefix)
