@@ -1777,6 +1777,20 @@ class Trial:
         return (decided or verdicts or [None])[0]
 
     @property
+    def wants_more_seeds(self):
+        """Whether the seeds that it needs at least should all be out at once: those of a baseline, of a win that has been
+        brought onto a newer base, and of an idea whose first run was good. In simulated nights with 16 slots that makes
+        1.9 times the progress of one seed after the other (tests/test_fleet_nights.py)."""
+        last = self.night.last
+        if last is not None and last["fail"] and not was_interrupted(last):
+            return False
+        scored = {run["seed"] for run in self.night.head_runs if run["score"] is not None}
+        namesakes = [run for run in self.night.runs if run.get("subject") == self.night.place.subject]
+        brought = any(run["score"] is not None and run["commit"] != self.commit for run in namesakes)
+        hopeful = bool(scored) and self.verdict.word == "rerun"
+        return (self.is_baseline or brought or hopeful) and len(scored | set(self.jobs)) < ENOUGH
+
+    @property
     def unlogged(self):
         """Records that have no row and deserve one: scores, and failures of the idea's own."""
         runs = [run for run in self.night.head_runs if not was_interrupted(run) and not self.night.logged(run)]
@@ -1958,8 +1972,7 @@ def trial_step(fleet, trial):
     first, since the next idea is cut from it; then what frees a commit, then what fills a slot."""
     short, night = trial.short, trial.night
     verdict = trial.verdict
-    scored = {run["seed"] for run in night.head_runs if run["score"] is not None}
-    if trial.is_baseline and len(scored | set(trial.jobs)) < ENOUGH:
+    if trial.wants_more_seeds:
         return 2, me(f"submit {short}")
     if trial.jobs:
         return None
@@ -2352,7 +2365,7 @@ def repeats(night):
     code = hash_edits(night.experiment)
     for run in night.runs:
         if run["code"] == code and run["score"] is not None and run["commit"] != night.place.head:
-            print(f"not submitted: the same file ran as {run['commit'][:7]} {run['subject']!r}: {score_text(run)}")
+            print(f"not submitted: the same file ran as {run['commit'][:7]} {run.get('subject')!r}: {score_text(run)}")
             return True
     return False
 
