@@ -792,6 +792,11 @@ def run_first(record, runs, results, bases):
             f"{base['commit'][:7]} ran under harness {base['harness']}, this one under {record['harness']} "
             f"({there}): make data and frozen files the same, or run {base['commit'][:7]} again"
         )
+    if (base["harness"], base["device"]) == (record["harness"], record["device"]):
+        return (
+            f"{base['commit'][:7]} ran with attention={base.get('attention')!r}, this one with "
+            f"{record.get('attention')!r}: where the machine offers the same, an idea keeps the name"
+        )
     return f"run {base['commit'][:7]} on this kind first"
 
 
@@ -1586,6 +1591,13 @@ class Night:
         return verdict_on(record, [*others, record], self.results, self.bases)
 
     @property
+    def on_new_ground(self):
+        """Whether the newest score is of another harness or device than all runs of HEAD."""
+        scored = [run for run in self.runs if run["score"] is not None and not run["why_not"]]
+        grounds = {(run["harness"], run["device"]) for run in self.head_runs if run["score"] is not None}
+        return bool(scored) and (scored[-1]["harness"], scored[-1]["device"]) not in grounds
+
+    @property
     def unfinished(self):
         """Whether HEAD's discard rows are those of an idea that is still being run with other seeds."""
         scored = [run for run in self.head_runs if run["score"] is not None]
@@ -1684,6 +1696,8 @@ def after_run(night):
         return f"{me('run')} --seed {verdict.seed}"
     if night.changed:
         return f"finish the edit of {edited}, then {COMMIT} && {me('run')}; or git restore {edited}"
+    if night.status == "keep" and night.on_new_ground:
+        return f"{me('run')} --seed {FIRST_SEED}, since no run of this kept commit compares with the newest one"
     return f"the next idea: edit {edited}, then {COMMIT} && {me('run')}"
 
 
@@ -1711,7 +1725,7 @@ def after_none(night):
         return f"{me('run')} --seed {night.last['seed']}"
     if night.changed:
         return f"finish the edit of {night.experiment.edited}, then {MEND} && {me('run')}"
-    if "no kept run compares" in reason or "noise is unknown" in reason:
+    if ("no kept run compares" in reason and "attention=" not in reason) or "noise is unknown" in reason:
         return f"{me('log discard')}, then {me('run')} for the kept commit, then this idea once more"
     if len(night.tries) > 2 and night.results.names_a_keep():
         return f"{me('log discard')}"

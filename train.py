@@ -966,7 +966,8 @@ def train(model, forward, optimizer, loader, accumulation):
 # == 6. CONTRACT =======================================================================================================
 # What the frozen half expects: guard() around main(); torch.manual_seed(SEED) before the first batch; nothing learned
 # from text before it; a clock.tick() at the end of each step; model(ids) -> logits (B, T, V) that look back only;
-# one evaluate_bpb, then one print_summary. Everything else in this file is yours to change.
+# one evaluate_bpb, then one print_summary, whose attention= names what the machine offers: runs with different names do
+# not compare, so an idea that changes the arithmetic keeps the name. Everything else in this file is yours to change.
 
 
 def main():

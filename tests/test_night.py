@@ -234,6 +234,23 @@ def test_a_rerun_that_is_killed_is_run_again(project):
     assert git(project, "log", "-1", "--format=%s") == "promising"
 
 
+def test_after_a_change_of_the_ruler_the_kept_commit_runs_again_before_the_next_idea(project, monkeypatch):
+    baseline(project)
+    monkeypatch.setenv("PRETEND_HARNESS", "89abcdef")
+    commit(project, version(seeds(0.99, 0.9907, 0.9893)), "clearly better")
+    step = next_step(referee(project, "run")[1])
+    assert step.startswith("uv run referee.py log discard, then uv run referee.py run for the kept commit")
+    step = next_step(referee(project, "log", "discard")[1])
+    assert step.startswith("uv run referee.py run --seed 42, since no run of this kept commit compares")
+    for _ in range(6):
+        if step.startswith("uv run"):
+            step = next_step(referee(project, *step.split(",")[0].split()[3:])[1])
+    assert step.startswith("the next idea")
+    head = git(project, "rev-parse", "HEAD")
+    again = [run["seed"] for run in records(project) if run["commit"] == head and run["harness"] == "89abcdef"]
+    assert again == [42, 43, 44]
+
+
 def test_a_mend_that_was_interrupted_goes_on(project):
     baseline(project)
     commit(project, version(does="error"), "raises")

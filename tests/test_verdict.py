@@ -181,6 +181,14 @@ def test_baseline_is_said_only_where_no_row_names_a_keep(results):
     assert str(verdict_on(NEW, [NEW], Results())).startswith("baseline (next SEED=43")
 
 
+def test_what_does_not_compare_is_told_why():
+    results = Results((KEEP_ROW,))
+    assert "on this kind first)" in str(verdict_on(NEW | {"device": "H200"}, [*BASE_RUNS, NEW], results))
+    other = run("bbbbbbb", 42, 0.9, attention="chunked")
+    said = str(verdict_on(other, [*BASE_RUNS, other], results))
+    assert "aaaaaaa ran with attention=None, this one with 'chunked': where the machine offers the same" in said
+
+
 def test_a_log_that_cannot_be_read_is_no_empty_log(tmp_path):
     results = read_results(tmp_path)  # a folder
     assert "cannot be read" in str(verdict_on(NEW, [NEW], results))
