@@ -1326,15 +1326,16 @@ def _gpu_trouble():
 
 
 def _lock_key():
-    """Names the device of this run: the UUID of the first visible GPU or MIG slice, else cpu. Raises PrepareError for a
-    GPU that torch cannot use: a night on the CPU would go unnoticed."""
+    """Names the device of this run: the UUID of the first visible GPU or MIG slice, else cpu, with its
+    cores in a slot that has a part of them. Raises PrepareError for a GPU that torch cannot use: a night on the CPU
+    would go unnoticed."""
     trouble = _gpu_trouble()
     advice = f"install the NVIDIA driver R580 or newer (torch is built for CUDA {torch.version.cuda})"
     require(
         trouble is None, f"torch cannot use the GPU ({trouble}); {advice}, or set CUDA_VISIBLE_DEVICES= for the CPU"
     )
     if not torch.cuda.is_available():
-        return "cpu"
+        return referee.cpu_key()
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
     return first if first.startswith("MIG-") else str(torch.cuda.get_device_properties(0).uuid)
 

@@ -154,6 +154,13 @@ def usable_cores():
     return os.cpu_count() or 1
 
 
+def cpu_key():
+    """Names the processor for a lock: cpu, or the cores of a slot that has some of them only."""
+    if usable_cores() == os.cpu_count() or not hasattr(os, "sched_getaffinity"):
+        return "cpu"
+    return "cpu-" + "-".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+
+
 def cpu_name():
     """Model and usable cores of this machine's processor."""
     found = None

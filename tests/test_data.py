@@ -1,5 +1,6 @@
 """Preparation: what it makes, what it refuses, and that no interruption changes a byte."""
 
+import hashlib
 import json
 import os
 import random
@@ -612,3 +613,19 @@ def test_summary_has_its_keys_in_order(small, monkeypatch):
     assert lines["device"].startswith("cpu (")
     assert facts["memory_mb"] is None
     assert facts["steps"] == 7
+
+
+def test_the_number_of_threads_changes_no_byte(tmp_path, text_folder):
+    """BENCH_TEXT names a folder of parquet or text files; without it a small text is taken."""
+    source = os.environ.get("BENCH_TEXT", text_folder)
+    hashes = []
+    for threads in ("1", "7"):
+        home = tmp_path / threads
+        env = {"AUTORESEARCH_HOME": str(home), "RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
+        done = spawn_prepare("--dataset", "local", "--path", source, *SMALL, env=env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        files = sorted(path for path in home.rglob("*") if path.is_file() and path.name != "meta.json")
+        hashes.append([(str(path.relative_to(home)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files])
+        hashes[-1].append(done.stdout.split("fingerprint:")[1].split()[0])
+    assert len(hashes[0]) >= 5
+    assert hashes[0] == hashes[1]

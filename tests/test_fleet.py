@@ -439,6 +439,15 @@ def test_an_engine_that_does_not_answer_loses_nothing(night, engine, tmp_path):
     assert len(engine.take()) == 1
 
 
+def test_a_job_that_is_held_does_not_fill_the_queue(night, engine):
+    for number in range(2):
+        commit, _ = idea(night, f"idea {number}", {number: -0.02})
+    engine.list.write_text(engine.list.read_text().replace("/Priority", "/BeginTime"))  # as after a preemption
+    out = referee(night, "status")[1]
+    assert "out: 0 running, 2 queued" in out
+    assert next_step(out).startswith("the next idea")
+
+
 def test_no_engine_at_all(night, monkeypatch):
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     if os.path.exists("/usr/bin/sbatch"):

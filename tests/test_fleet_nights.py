@@ -16,7 +16,11 @@ from test_verdict import public, run
 
 from referee import ENOUGH, judge
 
-RUN, THOUGHT, COMMAND, HOURS, WAITING = 390.0, 20.0, 3.0, 8, 2
+RUN = 390.0  # seconds of a run
+THOUGHT = 20.0  # seconds of the agent for an idea
+COMMAND = 3.0  # and for a command
+HOURS = 8
+WAITING = 2  # jobs in the queue
 
 
 @dataclass

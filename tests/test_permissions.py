@@ -49,6 +49,10 @@ LOOP = [
     "tail -n 20 ideas.md",
     "git log --oneline -5",
 ]
+FLEET = (ROOT / "fleet/program.md").read_text(encoding="utf-8")
+LOOP += [
+    re.sub("<[^>]*>", "3f2a1bc", code) for code in night.codes(FLEET) if code.startswith(("git c", "uv run referee"))
+]
 REPORT = [f"AUDIT=1 {COMMANDS.run} --seed {seed}" for seed in (101, 102)]
 HARM = [
     "git push",
