@@ -1746,6 +1746,7 @@ def after_none(night):
 SLOT = "fleet/slot.sh"  # runs one commit with one seed on one device
 OUT = "refs/autoresearch/out"  # below it a branch, below that the commits cut from it that have no last word yet
 WAITING = 2  # jobs that wait in the queue while every slot works
+SETTLING = 30  # seconds in which the record of a job that has ended may still be on its way, as over NFS
 LOST = 3  # runs without a result after which the idea itself is suspected
 QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "CONFIGURING", "INIT", "SETTING_UP")
 
@@ -1815,7 +1816,9 @@ class Trial:
     def unlogged(self):
         """Records that have no row and deserve one: scores, and failures of the idea's own."""
         runs = [run for run in self.night.head_runs if not was_interrupted(run) and not self.night.logged(run)]
-        return [run for run in runs if run["score"] is not None or not self.kept]
+        scored = [run for run in runs if run["score"] is not None]
+        failed = [run for run in runs if run["fail"] and not self.kept]
+        return scored + failed[-1:]
 
     @property
     def times_lost(self):
@@ -1998,6 +2001,8 @@ def trial_step(fleet, trial):
     if trial.jobs:
         return None
     last = night.last
+    if last is None and is_settling(night):
+        return None
     if last is None or was_interrupted(last):
         return 2, lost_step(trial)
     if trial.kept:
@@ -2013,6 +2018,13 @@ def trial_step(fleet, trial):
         pick = f"git cherry-pick {short} && {me('submit')}"
         return 0, f"{pick} (it gained on a base that is not the newest); if that fails: {me(f'log {short} discard')}"
     return 0 if verdict.word in ("keep", "baseline") else 1, me(f"log {short}")
+
+
+def is_settling(night):
+    """Whether the log of a run in a slot was written a moment ago and does not say that the run failed."""
+    log = (slot_logs(night) or [None])[-1]
+    fresh = log is not None and time.time() - log.stat().st_mtime < SETTLING
+    return fresh and not any(line.startswith("FAIL: ") for line in tail(log, 3))
 
 
 def lost_step(trial):
@@ -2061,7 +2073,7 @@ def said_of_trial(trial):
     if last is None or was_interrupted(last):
         log = (slot_logs(trial.night) or [None])[-1]
         words = (tail(log, 1) if log else None) or ["it has not run"]
-        return f"lost; {words[0]}"
+        return f"{'its record is awaited' if last is None and is_settling(trial.night) else 'lost'}; {words[0]}"
     if last["fail"]:
         return f"FAIL: {last['fail'].get('kind')}: {last['fail'].get('sentence')}"
     verdicts = trial.verdicts

@@ -117,6 +117,8 @@ def test_the_block_shown_is_a_real_one():
 
 def test_documents_are_short():
     assert len(PROGRAM.splitlines()) <= 80
+    assert len((ROOT / "fleet/program.md").read_text(encoding="utf-8").splitlines()) <= 45
+    assert len(README.split("## Many devices")[1].split("\n## ")[0].splitlines()) <= 30
     for path in (ROOT / "examples").glob("*/program.md"):
         assert len(path.read_text().splitlines()) <= 40, path
     assert all(len(line) <= 150 for line in (README + PROGRAM).splitlines())

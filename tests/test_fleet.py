@@ -4,9 +4,11 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import fleet_night
 import pytest
 from fleet_stage import Engine, idea, make, run_slot, text
 from stage import git, next_step, records, referee, rows
@@ -235,6 +237,18 @@ def wait_for(condition, seconds=20):
         time.sleep(0.05)
 
 
+def test_a_record_that_is_on_its_way_is_awaited(night, engine):
+    commit, _ = idea(night, "wider", {0: -0.02})
+    engine.take()
+    log = night / f"runs/{commit}-42.log"
+    log.write_text("slot: here\nval_bpb: 0.9\n")
+    out = referee(night, "status")[1]
+    assert "its record is awaited; val_bpb: 0.9" in out
+    assert next_step(out).startswith("the next idea")
+    os.utime(log, (0, 0))
+    assert next_step(referee(night, "status")[1]) == f"uv run referee.py submit {commit[:7]} --seed 42"
+
+
 def test_a_crash_is_one_row_and_the_commit_stays_reachable(night, engine):
     commit, _ = idea(night, "too wide", {}, does="oom")
     engine.work()
@@ -348,6 +362,36 @@ def test_two_agents_share_runs_and_refs_and_repeat_nothing(night, engine, tmp_pa
     assert branch(other) == ["deeper", "start"]
     assert branch(night) == ["start"]
     assert not (other / "runs").exists()
+
+
+def test_fleet_program_is_executed_literally(kept_baseline, engine, tmp_path):
+    """By the agent of tests/fleet_night.py; each job starts at once, and only this machine's list of processes knows it."""
+    project = Path(shutil.copytree(kept_baseline, tmp_path / "project"))
+    shutil.rmtree(project / "runs")
+    (project / "results.tsv").unlink()
+    git(project, "checkout", "-q", "main")
+    git(project, "branch", "-q", "-D", "autoresearch/nov21")
+    job = 'CUDA_VISIBLE_DEVICES=$RANDOM "$PWD/$1" $2 $3 > /dev/null 2>&1 &\nsleep 0.3\n'
+    engine.write(tmp_path / "bin/sbatch", f"shift $(($# - 3))\n{job}echo Submitted\n")
+    engine.write(tmp_path / "bin/squeue", "exit 0\n")
+    engine.write(tmp_path / "bin/uv", f'shift\ntest "$1" = prepare.py && exit 0\nexec {sys.executable} -B "$@"\n')
+    plan = [
+        {"name": "wider", "line": 0, "gain": 0.02},
+        {"name": "deeper", "line": 1, "gain": 0.03},
+        {"name": "wider still", "line": 0, "gain": 0.021},
+        {"name": "too wide", "line": 2, "gain": 0.0, "does": "oom"},
+        {"name": "worse", "line": 3, "gain": -0.02},
+    ]
+    agent = fleet_night.Agent(project, plan, "nov25")
+    agent.work()
+    assert row_words(project, "baseline") == ["keep"] * 3
+    assert {"wider", "deeper"} & set(branch(project))
+    assert row_words(project, "too wide") == ["crash"]
+    assert row_words(project, "worse") == ["discard"]
+    kept = {row[0] for row in rows(project) if row[3] == "keep"}
+    assert set(git(project, "log", "--format=%h", "--abbrev=7").split()) == kept
+    assert git(project, "for-each-ref", "refs/autoresearch/out") == ""
+    assert agent.shown <= 20
 
 
 # -- bad input
