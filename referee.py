@@ -1905,11 +1905,27 @@ def state_of_job(state, reason):
 def sky_lines(text):
     """Jobs of a SkyPilot cluster as lines `STATE slot.sh COMMIT SEED`; start_in_slot() calls a job COMMIT-SEED."""
     lines = []
-    for jobs in json.loads(text).values():
+    for jobs in json.loads(text[text.index("{") :]).values():  # a line of words stands before it
         for job in jobs:
             commit, _, seed = str(job.get("job_name")).partition("-")
             lines.append(f"{str(job.get('status')).rpartition('.')[2]} slot.sh {commit} {seed}")
     return lines
+
+
+def bring_back(runs):
+    """Copies records and logs of the slots of a SkyPilot cluster into runs/, through the ssh name that SkyPilot gives it,
+    but no record that is here already; returns "" or what went wrong."""
+    here = "".join(f"/runs/{path.name}\n" for path in runs.glob("*.json"))
+    wanted = ["--include=/runs/", "--include=/runs/*.json", "--include=/runs/*.log", "--exclude=*"]
+    places = [f"{os.environ['AUTORESEARCH_CLUSTER']}:sky_workdir/", f"{runs.parent}/"]
+    command = ["rsync", "-rtO", "--timeout=60", "--exclude-from=-", *wanted, *places]
+    try:
+        subprocess.run(command, input=here, capture_output=True, text=True, errors="replace", check=True, timeout=300)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        said = "; ".join(line for line in said if not line.startswith("Warning: "))
+        return f"records stay on {places[0]}runs, rsync says: {said[:200] or 'no words'}"
+    return ""
 
 
 def claims(place):
@@ -1947,6 +1963,10 @@ def read_fleet(night):
     mine = elsewhere.pop(place.branch, {}) if place.branch else {}
     slots = any(run.get("slot") for run in night.runs)
     jobs, trouble = jobs_of_engines() if mine or slots else ({}, "")
+    if os.environ.get("AUTORESEARCH_CLUSTER") and not trouble and (mine or slots):
+        runs = runs_folder(night.experiment.folder, place)
+        trouble = bring_back(runs)  # after the queue was asked: a job that is in it no more has left its record
+        night.runs, night.skipped = read_runs(runs)
     before = ancestors(place, [place.head, *mine])
     kept = {row.commit[:7] for row in night.results.rows if night.results.status(row.commit) == "keep"}
     bases = [base for base in before[place.head] if base[:7] in kept]
