@@ -1,4 +1,4 @@
-"""fleet/sky.yaml with the real SkyPilot: parsed by it, and in two slots of the Slurm of one node that tests/slurm.py starts.
+"""fleet/sky.yaml with the real SkyPilot: parsed by it, and in two slots of the one-node Slurm of tests/slurm.py.
 
 uv run pytest -m sky -s     # sky, slurmctld, sshd, rsync on PATH, and root; fetches SkyPilot's own needs from PyPI
 """
