@@ -1963,7 +1963,8 @@ def read_fleet(night):
     mine = elsewhere.pop(place.branch, {}) if place.branch else {}
     slots = any(run.get("slot") for run in night.runs)
     jobs, trouble = jobs_of_engines() if mine or slots else ({}, "")
-    if os.environ.get("AUTORESEARCH_CLUSTER") and not trouble and (mine or slots):
+    ended = set(mine) - {commit for commit, _ in jobs}
+    if os.environ.get("AUTORESEARCH_CLUSTER") and ended and not trouble:
         runs = runs_folder(night.experiment.folder, place)
         trouble = bring_back(runs)  # after the queue was asked: a job that is in it no more has left its record
         night.runs, night.skipped = read_runs(runs)
