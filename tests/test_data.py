@@ -571,6 +571,8 @@ def test_a_gpu_that_torch_cannot_use_is_no_silent_night(small, monkeypatch, erro
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     keys = []
+    monkeypatch.setattr(referee.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    monkeypatch.setattr(referee.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(referee, "guard", lambda body, lock_key, limit: keys.append(lock_key()))
     if "R580" in wanted:
         with pytest.raises(small.PrepareError, match=wanted):
@@ -578,6 +580,16 @@ def test_a_gpu_that_torch_cannot_use_is_no_silent_night(small, monkeypatch, erro
     else:
         small.guard(print)
         assert keys == [wanted]
+
+
+def test_slots_of_one_processor_lock_their_own_cores(monkeypatch):
+    import referee
+
+    monkeypatch.setattr(referee.os, "sched_getaffinity", lambda pid: {3, 1}, raising=False)
+    monkeypatch.setattr(referee.os, "cpu_count", lambda: 8)
+    assert referee.cpu_key() == "cpu-1-3"
+    monkeypatch.setattr(referee.os, "cpu_count", lambda: 2)
+    assert referee.cpu_key() == "cpu"
 
 
 def test_summary_has_its_keys_in_order(small, monkeypatch):
