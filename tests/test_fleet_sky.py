@@ -44,7 +44,8 @@ def test_the_queue_of_skypilot_begins_with_a_line_of_words():
 
 @pytest.mark.skipif(shutil.which("rsync") is None, reason="no rsync here")
 def test_records_come_back_and_none_is_overwritten(tmp_path, monkeypatch):
-    far, here = tmp_path / "far/sky_workdir/runs", tmp_path / "here/runs"
+    far = tmp_path / "far/sky_workdir/runs"
+    here = tmp_path / "here/runs"
     far.mkdir(parents=True)
     here.mkdir(parents=True)
     for name, text in {"a.json": "far", "b.json": "far", "b.json.part": "far", "x.log": "two lines"}.items():
