@@ -1963,10 +1963,11 @@ def read_fleet(night):
     mine = elsewhere.pop(place.branch, {}) if place.branch else {}
     slots = any(run.get("slot") for run in night.runs)
     jobs, trouble = jobs_of_engines() if mine or slots else ({}, "")
+    runs = runs_folder(night.experiment.folder, place)
     ended = set(mine) - {commit for commit, _ in jobs}
     if os.environ.get("AUTORESEARCH_CLUSTER") and ended and not trouble:
-        runs = runs_folder(night.experiment.folder, place)
-        trouble = bring_back(runs)  # after the queue was asked: a job that is in it no more has left its record
+        trouble = bring_back(runs)
+    if mine:  # read after the queue was asked: a job that is in it no more has left its record
         night.runs, night.skipped = read_runs(runs)
     before = ancestors(place, [place.head, *mine])
     kept = {row.commit[:7] for row in night.results.rows if night.results.status(row.commit) == "keep"}
@@ -2022,7 +2023,7 @@ def trial_step(fleet, trial):
     if trial.jobs:
         return None
     last = night.last
-    if last is None and is_settling(night):
+    if is_settling(night):
         return None
     if last is None or was_interrupted(last):
         return 2, lost_step(trial)
@@ -2042,10 +2043,14 @@ def trial_step(fleet, trial):
 
 
 def is_settling(night):
-    """Whether the log of a run in a slot was written a moment ago and does not say that the run failed."""
-    log = (slot_logs(night) or [None])[-1]
-    fresh = log is not None and time.time() - log.stat().st_mtime < SETTLING
-    return fresh and not any(line.startswith("FAIL: ") for line in tail(log, 3))
+    """Whether the log of a run in a slot was written a moment ago, does not say that the run failed, and has no record."""
+    known = {str(run["seed"]) for run in night.head_runs if not was_interrupted(run)}
+    for log in slot_logs(night):
+        failed = any(line.startswith("FAIL: ") for line in tail(log, 3))
+        fresh = time.time() - log.stat().st_mtime < SETTLING
+        if fresh and not failed and log.stem.rpartition("-")[2] not in known:
+            return True
+    return False
 
 
 def lost_step(trial):
@@ -2297,6 +2302,7 @@ def log_trial(night, commit, word, note):
         return finish_log(night)
     seeds = " and ".join(f"seed {seed} is {state}" for seed, state in trial.jobs.items())
     require(not trial.jobs, f"{trial.short} is not done ({seeds}); run: {me('wait')}")
+    require(not is_settling(trial.night), f"a record of {trial.short} is on its way; run this again in {SETTLING} s")
     status = "keep" if trial.kept else word or word_of_trial(fleet, trial)
     moved = status == "keep" and not trial.kept and commit != trial.tip and trial.night.place.parent != trial.tip
     if moved and not trial.successor:
