@@ -249,6 +249,17 @@ def test_a_record_that_is_on_its_way_is_awaited(night, engine):
     assert next_step(referee(night, "status")[1]) == f"uv run referee.py submit {commit[:7]} --seed 42"
 
 
+def test_a_run_that_ends_while_the_queue_is_asked_gets_its_row(night, engine, tmp_path):
+    commit, _ = idea(night, "worse", {0: -0.02})
+    referee(night, "submit", commit[:7], "--seed", "43")
+    engine.work()
+    (late,) = (night / "runs").glob(f"*-{commit[:7]}-43-*.json")
+    late.rename(tmp_path / late.name)
+    engine.write(tmp_path / "bin/squeue", f"mv {tmp_path}/{late.name} {late} 2> /dev/null\nexit 0\n")
+    referee(night, "log", commit[:7])
+    assert row_words(night, "worse") == ["discard"] * 2
+
+
 def test_a_crash_is_one_row_and_the_commit_stays_reachable(night, engine):
     commit, _ = idea(night, "too wide", {}, does="oom")
     engine.work()
