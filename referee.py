@@ -1673,13 +1673,18 @@ def require_unlocked(night):
     require(night.lock is None, said)
 
 
+def unlocked_step():
+    """What is to be done while git is locked."""
+    return f"git is at work or was killed a moment ago: wait 10 s, then {me('status')}"
+
+
 def next_step(night):
     """What is to be done now, as one line that begins with a command or an action."""
     edited = night.experiment.edited
     if night.running:
         return f"{me('wait')}"
     if night.lock:
-        return f"git is at work or was killed a moment ago: wait 10 s, then {me('status')}"
+        return unlocked_step()
     if night.last is None:
         if night.changed:
             return f"finish the edit of {edited} and commit it ({COMMIT}), or git restore {edited}; then {me('run')}"
@@ -1708,17 +1713,22 @@ def after_run(night):
     return f"the next idea: edit {edited}, then {COMMIT} && {me('run')}"
 
 
+def was_interrupted(run):
+    """Whether a record is of a run that was preempted or killed, or found its device taken."""
+    fail = run["fail"] or {}
+    return fail.get("kind") == "busy" or AGAIN.search(str(fail.get("sentence"))) is not None
+
+
 def after_failure(night):
     """The step after a run of HEAD that failed."""
-    fail = night.last["fail"]
-    kind, sentence = str(fail.get("kind")), str(fail.get("sentence"))
+    kind = str(night.last["fail"].get("kind"))
     alike = [run for run in night.tries if run["fail"] and run["fail"].get("kind") == kind]
-    again = AGAIN.search(sentence) is not None
+    again = was_interrupted(night.last)
     if kind == "busy":
         return f"{me('run')}, when the other run is over"
     if night.changed:
         return f"finish the mend of {night.experiment.edited}, then {MEND} && {me('run')}"
-    if again and len([run for run in alike if AGAIN.search(str(run["fail"].get("sentence")))]) <= 2:
+    if again and len([run for run in alike if was_interrupted(run)]) <= 2:
         return f"{me('run')} --seed {night.last['seed']}"
     if again or len(alike) > MENDS.get(kind, 2):
         return f"{me('log crash')}"
@@ -1860,12 +1870,6 @@ class Fleet:
         return not self.on_idea and (self.night.status == "keep" or self.night.place.head in self.known)
 
 
-def was_interrupted(run):
-    """Whether a record is of a run that was preempted or killed, or found its device taken."""
-    fail = run["fail"] or {}
-    return fail.get("kind") == "busy" or AGAIN.search(str(fail.get("sentence"))) is not None
-
-
 def slot_logs(night):
     """The logs of HEAD's runs in slots, the last written one at the end."""
     runs = runs_folder(night.experiment.folder, night.place)
@@ -1975,17 +1979,16 @@ def read_fleet(night):
     if not kept:
         bases = [base for base in before[place.head] if base in mine][-1:]  # the baseline, which is out
     fleet = Fleet(night, [], jobs, trouble, elsewhere, bases[0] if bases else None)
+    tip = fleet.base if fleet.on_idea else place.head
     newest = {subject: commit for commit, (_, subject) in mine.items()}
     newest |= {place.subject: place.head}
     for commit, (parent, subject) in mine.items():
         seen = replace(place, head=commit, short=commit[:7], parent=parent, subject=subject)
         seen_night = replace(night, place=seen, changed=[], bases=tuple(before[commit]))
-        trial = Trial(seen_night, place.head, {seed: state for (out, seed), state in jobs.items() if out == commit})
-        if fleet.on_idea:
-            trial.tip = fleet.base
+        trial = Trial(seen_night, tip, {seed: state for (out, seed), state in jobs.items() if out == commit})
         open_bases = [base for base in before[commit] if base in mine and base[:7] not in kept]
         trial.waits_for = open_bases[0] if open_bases else None
-        trial.successor = newest[subject] if newest[subject] != commit and parent != trial.tip else None
+        trial.successor = newest[subject] if newest[subject] != commit and parent != tip else None
         fleet.trials.append(trial)
     return fleet
 
@@ -1995,12 +1998,12 @@ def fleet_step(fleet):
     night = fleet.night
     edited = night.experiment.edited
     if night.lock:
-        return f"git is at work or was killed a moment ago: wait 10 s, then {me('status')}"
+        return unlocked_step()
     if fleet.trouble:
         return f"wait a minute, then {me('status')}; {fleet.trouble}"
     if (night.place.own / "CHERRY_PICK_HEAD").exists():
-        go_on = "git commit -qa --no-edit"
-        return f"settle the conflict in {edited}, then {go_on} && {me('submit')}; or git cherry-pick --abort"
+        settled = f"git commit -qa --no-edit && {me('submit')}"
+        return f"settle the conflict in {edited}, then {settled}; or git cherry-pick --abort"
     if not fleet.at_rest:
         return me("submit")
     if night.changed:
@@ -2190,9 +2193,9 @@ def require_idle(night):
         raise RefereeError(f"a run is going on ({said_of(night.running)}); run: {me('wait')}")
 
 
-def what_next(night):
+def what_next(fleet):
     """The next step of a night, with or without slots."""
-    fleet = read_fleet(night)
+    night = fleet.night
     return fleet_step(fleet) if fleet.in_use and not night.running else next_step(night)
 
 
@@ -2201,8 +2204,10 @@ def command_wait(experiment, seconds=540):
     Returns the exit status."""
     place = repository(experiment.folder)
     facts = started_run(experiment)
-    if not is_running(facts) and read_fleet(read_night(experiment)).in_use:
-        return wait_for_fleet(experiment, seconds)
+    if not is_running(facts):
+        fleet = read_fleet(read_night(experiment))
+        if fleet.in_use:
+            return wait_for_fleet(fleet, seconds)
     require(facts is not None, f"no run has been started here; run: {me('run')}")
     end = time.monotonic() + seconds
     while is_running(facts) and time.monotonic() < end:
@@ -2217,17 +2222,17 @@ def command_wait(experiment, seconds=540):
     settle(experiment, place)
     record = record_of(facts, read_runs(runs_folder(experiment.folder, place))[0])
     show_end(experiment, record)
-    print(f"next: {what_next(read_night(experiment))}")
+    print(f"next: {what_next(read_fleet(read_night(experiment)))}")
     return 1 if record is None or record["fail"] else 0
 
 
-def wait_for_fleet(experiment, seconds):
+def wait_for_fleet(fleet, seconds):
     """Waits until something can be done in the fleet."""
     end = time.monotonic() + seconds
-    step = what_next(read_night(experiment))
+    step = what_next(fleet)
     while step == me("wait") and time.monotonic() < end:
         time.sleep(2)
-        step = what_next(read_night(experiment))
+        step = what_next(read_fleet(read_night(fleet.night.experiment)))
     print(f"next: {step}")
     return 0
 
@@ -2267,8 +2272,9 @@ def command_log(experiment, word=None, note="", commit=None):
     night = read_night(experiment)
     place = night.place
     require_idle(night)
-    if commit is not None or place.head in read_fleet(night).known:
-        return log_trial(night, commit or place.head, word, note)
+    fleet = read_fleet(night)
+    if commit is not None or place.head in fleet.known:
+        return log_trial(fleet, commit or place.head, word, note)
     require(night.last is not None, f"{place.short} has not run yet; run: {me('run')}")
     if dropped_before(night, word):
         print(f"nothing to log: {night.results.rows[-1].commit} has been dropped")
@@ -2285,13 +2291,13 @@ def command_log(experiment, word=None, note="", commit=None):
 
 def finish_log(night):
     """Ends `log` with the line that says what to do next."""
-    print(f"next: {what_next(read_night(night.experiment))}")
+    print(f"next: {what_next(read_fleet(read_night(night.experiment)))}")
     return 0
 
 
-def log_trial(night, commit, word, note):
+def log_trial(fleet, commit, word, note):
     """Writes the rows of a commit that is out, keeps or drops it, and takes it off the list of those that are out."""
-    fleet = read_fleet(night)
+    night = fleet.night
     require(not fleet.trouble, fleet.trouble)
     commit = full_commit(night, commit)
     trial = fleet.known.get(commit)
@@ -2444,11 +2450,8 @@ def own_word(night):
     """The status that follows from a run by itself. RefereeError where none does."""
     fail, verdict = night.last["fail"], night.verdict
     if fail:
-        kind, sentence = fail.get("kind"), str(fail.get("sentence"))
-        again = kind == "busy" or AGAIN.search(sentence) is not None
-        require(
-            not again or night.status == "crash", f"that run says nothing of the idea ({sentence}); run: {me('run')}"
-        )
+        said = f"that run says nothing of the idea ({fail.get('sentence')}); run: {me('run')}"
+        require(not was_interrupted(night.last) or night.status == "crash", said)
         return "crash"
     if night.logged(night.last) and night.status is not None:
         return night.status
@@ -2511,6 +2514,7 @@ def unlike_parent(experiment, place):
 def command_status(experiment):
     """Prints what an agent needs after a loss of context; the last line says what to do next."""
     night = read_night(experiment)
+    fleet = read_fleet(night)  # before the table: it may find records that have just come
     place, results = night.place, night.results
     state = f"{' and '.join(night.changed)} changed" if night.changed else f"{experiment.edited} as committed"
     print(f"branch: {place.branch or 'none (detached)'} at {place.short} {place.subject[:60]!r}, {state}")
@@ -2519,7 +2523,6 @@ def command_status(experiment):
     words = [row.status for row in results.rows]
     counts = ", ".join(f"{words.count(word)} {word}" for word in STATUSES)
     print(f"log: {len(words)} rows: {counts}; the last ones:")
-    fleet = read_fleet(night)
     for row in results.rows[-3 if fleet.in_use else -5 :]:
         print(f"  {row.commit} {row.score} {row.status} {row.description[:80]}")
     for line in trouble_lines(night):
@@ -2532,7 +2535,7 @@ def command_status(experiment):
     elif night.last is not None:
         ending = f"FAIL: {night.last['fail'].get('kind')}" if night.last["fail"] else score_text(night.last)
         print(f"last run of HEAD: seed {night.last['seed']}, {ending}; {str(night.verdict)[:240]}")
-    print(f"next: {what_next(night)}")
+    print(f"next: {what_next(fleet)}")
     return 0
 
 

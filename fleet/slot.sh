@@ -12,6 +12,7 @@
 commit=$1
 seed=$2
 night=${AUTORESEARCH_NIGHT:-$PWD}
+temporary=${TMPDIR:-/tmp}
 clone=
 run=
 
@@ -34,11 +35,11 @@ trap end_run TERM INT
 store=$(git -C "$night" rev-parse --path-format=absolute --git-common-dir) || say "$night is in no git repository; call this in the night's folder"
 runs=$(dirname "$store")/runs
 log=$runs/$commit-$seed.log
-mkdir -p "$runs" && touch "$log" || log=${TMPDIR:-/tmp}/autoresearch-$commit-$seed.log
+mkdir -p "$runs" && touch "$log" || log=$temporary/autoresearch-$commit-$seed.log
 exec >> "$log" 2>&1 < /dev/null
 echo "slot: $(date -u +%FT%TZ) on $(hostname), job ${SLURM_JOB_ID:-by hand}, device ${CUDA_VISIBLE_DEVICES:-as found}"
 
-for left in "${TMPDIR:-/tmp}"/autoresearch-slot-*; do # clones of slots that were killed on this machine
+for left in "$temporary"/autoresearch-slot-*; do # clones of slots that were killed on this machine
     owner=${left##*-}
     if [ -O "$left" ] && [ ! -d "$left/runs" ] && ! kill -0 "$owner" 2> /dev/null; then rm -rf "$left"; fi
 done
@@ -46,10 +47,10 @@ done
 git -C "$night" rev-parse --verify --quiet "$commit^{commit}" > /dev/null || say "there is no commit $commit in $night; submit one that is there"
 python=${UV_PROJECT_ENVIRONMENT:-$(dirname "$store")/.venv}/bin/python
 [ -x "$python" ] || say "there is no $python on $(hostname); run there, in $(dirname "$store"): uv sync"
-clone=${TMPDIR:-/tmp}/autoresearch-slot-$commit-$$
-git clone --quiet --shared --no-checkout "$store" "$clone" || say "no clone could be made in ${TMPDIR:-/tmp} of $(hostname); free some room there"
+clone=$temporary/autoresearch-slot-$commit-$$
+git clone --quiet --shared --no-checkout "$store" "$clone" || say "no clone could be made in $temporary of $(hostname); free some room there"
 cd "$clone" || exit 1
-git checkout --quiet --detach "$commit" || say "the commit could not be checked out in ${TMPDIR:-/tmp} of $(hostname); free some room there"
+git checkout --quiet --detach "$commit" || say "the commit could not be checked out in $temporary of $(hostname); free some room there"
 
 # the shared environment's own interpreter: uv would forward a SIGTERM twice
 AUTORESEARCH_NIGHT=$night SEED=$seed PYTHONUNBUFFERED=1 "$python" train.py &

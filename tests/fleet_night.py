@@ -6,7 +6,6 @@ A plan is a list of ideas {"name": ..., "line": number of the line of train.py t
 """
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -22,42 +21,22 @@ class Agent(night.Agent):
         super().__init__(folder, plan)
         text = (ROOT / "fleet/program.md").read_text(encoding="utf-8")
         setup, loop = codes(section(text, "Set-up")), codes(section(text, "The loop"))
-        self.branch = re.sub("<[^>]*>", branch, one(setup, "git checkout -q -b"))
-        self.check = one(setup, "uv run prepare.py")
-        self.notes = one(setup, "printf")
-        self.search = one(loop, "git log --all")
-        self.commit = one(loop, "git commit -qam")
+        self.commands.branch = re.sub("<[^>]*>", branch, one(setup, "git checkout -q -b"))
+        self.commands.check = one(setup, "uv run prepare.py")
+        self.commands.notes = one(setup, "printf")
+        self.commands.search = one(loop, "git log --all")
+        self.commands.commit = one(loop, "git commit -qam")
         self.go_on = one(loop, "git commit -qa --no-edit")
         self.abort = one(loop, "git cherry-pick --abort")
-        self.status = one(codes(section(text, "After an interruption")), "uv run referee.py status")
+        self.commands.status = one(codes(section(text, "After an interruption")), "uv run referee.py status")
         self.submitted = 0
 
-    def set_up(self):
-        self.shell(self.branch)
-        self.shell(self.check)
-        self.shell(self.notes)
-
-    def work(self):
+    def begin(self):
         if not (self.folder / "results.tsv").exists():
             self.set_up()
-        out = self.shell(self.status)
-        while out is not None:
-            out = self.follow(out)
+        return self.shell(self.commands.status)
 
-    def follow(self, out):
-        last = (out.rstrip("\n").splitlines() or [""])[-1]
-        step = re.match(r"next: (.*)", last)
-        if step is None:
-            return self.shell(self.status)
-        step = step[1]
-        if step.startswith("the next idea"):
-            return self.next_idea()
-        if step.startswith("wait a minute") or step.startswith("git is at work"):
-            self.shell("sleep 1")
-            return self.shell(self.status)
-        if step.startswith("finish the edit"):
-            self.shell("git restore train.py")
-            return self.shell(self.status)
+    def do(self, step):
         if step.startswith("settle the conflict"):
             return self.give_up_pick()
         if step.startswith("git cherry-pick"):
@@ -77,22 +56,22 @@ class Agent(night.Agent):
 
     def give_up_pick(self):
         self.shell(self.abort)
-        return self.shell(self.status)
+        return self.shell(self.commands.status)
 
     def next_idea(self):
         """Submits the first idea that nobody has tried; where there is none, waits until nothing is out."""
         for idea in self.plan:
-            if self.shell(self.search.replace("<a word of it>", f"^{idea['name']}$")):
+            if self.shell(self.commands.search.replace("<a word of it>", f"^{idea['name']}$")):
                 continue
             self.edit(idea)
-            self.shell(self.commit.replace("<the idea in a few words>", idea["name"]))
+            self.shell(self.commands.commit.replace("<the idea in a few words>", idea["name"]))
             self.submitted += 1
             return self.shell(idea.get("environment", "") + "uv run referee.py submit")
-        out = self.shell(self.status)
+        out = self.shell(self.commands.status)
         if re.search("^out: 0 running, 0 queued", out, re.M):
             return None
         self.shell("sleep 2")
-        return self.shell(self.status)
+        return self.shell(self.commands.status)
 
     def edit(self, idea):
         text = self.edited.read_text()
@@ -106,4 +85,3 @@ if __name__ == "__main__":
     agent = Agent(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), sys.argv[3])
     agent.work()
     print(f"{agent.submitted} ideas, {agent.shown} lines at most")
-    os._exit(0)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import stage
-from stage import ROOT, git, referee
+from stage import ROOT, git, referee, write_program
 
 SPACE = "\n".join(["#"] * 4)  # keeps the ideas apart, so that git can bring one onto another
 
@@ -38,18 +38,13 @@ class Engine:
         self.list.write_text("")
         programs = folder / "bin"
         programs.mkdir()
-        self.write(
+        write_program(
             programs / "sbatch", f'shift $(($# - 3))\necho "PENDING/Priority $PWD/$*" >> {self.list}\necho Submitted\n'
         )
-        self.write(programs / "squeue", f"cat {self.list}\n")
+        write_program(programs / "squeue", f"cat {self.list}\n")
         monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
         monkeypatch.setenv("UV_PROJECT_ENVIRONMENT", sys.prefix)
         monkeypatch.setenv("TIME_BUDGET", "1")
-
-    @staticmethod
-    def write(path, body):
-        path.write_text(f"#!/bin/bash\n{body}")
-        path.chmod(0o755)
 
     def take(self):
         """All jobs of the list as [(folder, commit, seed)]; the list is empty then."""

@@ -93,13 +93,16 @@ class Agent:
             self.shell(self.commands.check)
         self.shell(self.commands.notes)
 
+    def begin(self):
+        """The output of the first command of a night, or of one that goes on."""
+        if (self.folder / "results.tsv").exists():
+            return self.shell(self.commands.status)
+        self.set_up()
+        return self.shell(self.commands.run)
+
     def work(self):
         """Until every idea of the plan is decided."""
-        if (self.folder / "results.tsv").exists():
-            out = self.shell(self.commands.status)
-        else:
-            self.set_up()
-            out = self.shell(self.commands.run)
+        out = self.begin()
         while out is not None:
             out = self.follow(out)
 
@@ -112,12 +115,16 @@ class Agent:
         step = step[1]
         if step.startswith("the next idea"):
             return self.next_idea()
-        if step.startswith("git is at work"):
+        if step.startswith(("git is at work", "wait a minute")):
             self.shell("sleep 1")
             return self.shell(self.commands.status)
         if step.startswith("finish the edit"):
             self.shell(f"git restore {self.edited.name}")
             return self.shell(self.commands.status)
+        return self.do(step)
+
+    def do(self, step):
+        """A step that begins with a command of this night, or with an action."""
         if step.startswith(("mend", "finish the mend")):
             return self.mend()
         command = re.match(r"uv run \S*referee\.py (run --seed \d+|run|wait|log \w+|log)", step)

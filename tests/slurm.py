@@ -73,8 +73,7 @@ def start(folder):
     (folder / "slurm.conf").write_text(text)
     (folder / "gres.conf").write_text(GPUS)
     environment = {"SLURM_CONF": str(folder / "slurm.conf")}
-    for command in (["slurmctld", "-i"], ["slurmd", "-c"]):
-        program, option = command
+    for program, option in (("slurmctld", "-i"), ("slurmd", "-c")):
         subprocess.run([program, option, "-f", str(folder / "slurm.conf")], check=True)
     end = time.monotonic() + 30
     while "idle" not in ask(environment, "sinfo", "--noheader", "--format=%T"):

@@ -39,6 +39,17 @@ def make(folder, text=None):
     return folder
 
 
+def write_program(path, body):
+    """A shell script that can be called."""
+    path.write_text(f"#!/bin/bash\n{body}")
+    path.chmod(0o755)
+
+
+def write_uv(folder):
+    """A stand-in for uv: `uv run` is this interpreter, and all data are prepared."""
+    write_program(folder / "uv", f'shift\ntest "$1" = prepare.py && exit 0\nexec {sys.executable} -B "$@"\n')
+
+
 def environment(**more):
     return {**os.environ, "TIME_BUDGET": "1", **more}
 

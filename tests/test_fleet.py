@@ -4,14 +4,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import fleet_night
 import pytest
 from fleet_stage import Engine, idea, make, run_slot, text
-from stage import git, next_step, records, referee, rows
+from stage import git, next_step, records, referee, rows, write_program, write_uv
 from test_night import killed_at
 
 
@@ -255,7 +254,7 @@ def test_a_run_that_ends_while_the_queue_is_asked_gets_its_row(night, engine, tm
     engine.work()
     (late,) = (night / "runs").glob(f"*-{commit[:7]}-43-*.json")
     late.rename(tmp_path / late.name)
-    engine.write(tmp_path / "bin/squeue", f"mv {tmp_path}/{late.name} {late} 2> /dev/null\nexit 0\n")
+    write_program(tmp_path / "bin/squeue", f"mv {tmp_path}/{late.name} {late} 2> /dev/null\nexit 0\n")
     referee(night, "log", commit[:7])
     assert row_words(night, "worse") == ["discard"] * 2
 
@@ -383,9 +382,9 @@ def test_fleet_program_is_executed_literally(kept_baseline, engine, tmp_path):
     git(project, "checkout", "-q", "main")
     git(project, "branch", "-q", "-D", "autoresearch/nov21")
     job = 'CUDA_VISIBLE_DEVICES=$RANDOM "$PWD/$1" $2 $3 > /dev/null 2>&1 &\nsleep 0.3\n'
-    engine.write(tmp_path / "bin/sbatch", f"shift $(($# - 3))\n{job}echo Submitted\n")
-    engine.write(tmp_path / "bin/squeue", "exit 0\n")
-    engine.write(tmp_path / "bin/uv", f'shift\ntest "$1" = prepare.py && exit 0\nexec {sys.executable} -B "$@"\n')
+    write_program(tmp_path / "bin/sbatch", f"shift $(($# - 3))\n{job}echo Submitted\n")
+    write_program(tmp_path / "bin/squeue", "exit 0\n")
+    write_uv(tmp_path / "bin")
     plan = [
         {"name": "wider", "line": 0, "gain": 0.02},
         {"name": "deeper", "line": 1, "gain": 0.03},
@@ -483,7 +482,7 @@ def test_a_node_with_other_data_is_named(night, engine):
 
 def test_an_engine_that_does_not_answer_loses_nothing(night, engine, tmp_path):
     commit, _ = idea(night, "wider", {0: 0.02})
-    engine.write(tmp_path / "bin/squeue", "echo 'slurm_load_jobs error: no controller' >&2\nexit 1\n")
+    write_program(tmp_path / "bin/squeue", "echo 'slurm_load_jobs error: no controller' >&2\nexit 1\n")
     step = next_step(referee(night, "status")[1])
     assert step.startswith(
         "wait a minute, then uv run referee.py status; squeue does not answer: slurm_load_jobs error"

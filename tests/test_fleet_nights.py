@@ -91,10 +91,16 @@ class Night:
         self.records.append(run(idea.commit, seed, 100 + idea.truth + self.rng.gauss(0.0, 1.0)))
         return judge(self.records, dict.fromkeys(idea.bases, "keep")).word
 
+    def change_on_the_newest(self, idea):
+        """What an idea does on the newest base: a gain may overlap with the keeps that came in between."""
+        change = idea.change
+        for _ in self.kept[len(idea.bases) :]:
+            change *= 0.5 if self.rng.random() < 0.3 and change < 0 else 1.0
+        return change
+
     def keep(self, idea):
-        """Puts an idea on the branch; its gain may overlap with those that came in between."""
-        for each in self.kept[len(idea.bases) :]:
-            idea.change *= 0.5 if self.rng.random() < 0.3 and idea.change < 0 else 1.0
+        """Puts an idea on the branch."""
+        idea.change = self.change_on_the_newest(idea)
         idea.truth = self.kept[-1].truth + idea.change
         self.keeps += 1
         self.false += idea.change >= 0
@@ -102,10 +108,7 @@ class Night:
 
     def rebased(self, idea):
         """The same idea on the newest base."""
-        change = idea.change
-        for each in self.kept[len(idea.bases) :]:
-            change *= 0.5 if self.rng.random() < 0.3 and change < 0 else 1.0
-        return self.idea(change, idea.null)
+        return self.idea(self.change_on_the_newest(idea), idea.null)
 
 
 def start(rng, slots):

@@ -8,9 +8,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import fleet_stage
 import pytest
-from stage import ROOT
+from stage import ROOT, write_program
 
 import referee
 
@@ -53,7 +52,7 @@ def test_records_come_back_and_none_is_overwritten(tmp_path, monkeypatch):
     (far.parent / "train.py").write_text("far")
     (here / "a.json").write_text("here")
     (here / "x.log").write_text("a line")
-    fleet_stage.Engine.write(tmp_path / "ssh", f'cd {tmp_path}/far && shift && exec "$@"\n')
+    write_program(tmp_path / "ssh", f'cd {tmp_path}/far && shift && exec "$@"\n')
     monkeypatch.setenv("RSYNC_RSH", str(tmp_path / "ssh"))
     monkeypatch.setenv("AUTORESEARCH_CLUSTER", "night")
     assert referee.bring_back(here) == ""

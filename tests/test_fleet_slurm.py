@@ -19,7 +19,7 @@ from pathlib import Path
 import fleet_stage
 import pytest
 import slurm
-from stage import git, records, rows
+from stage import git, records, rows, write_uv
 
 SECONDS = 6.0  # that a run takes
 
@@ -90,7 +90,7 @@ def cluster(tmp_path, monkeypatch):
     environment = slurm.start(folder)
     tools = tmp_path / "bin"
     tools.mkdir()
-    fleet_stage.Engine.write(tools / "uv", f'shift\ntest "$1" = prepare.py && exit 0\nexec {sys.executable} -B "$@"\n')
+    write_uv(tools)
     monkeypatch.setenv("SLURM_CONF", environment["SLURM_CONF"])
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     monkeypatch.setenv("UV_PROJECT_ENVIRONMENT", sys.prefix)

@@ -23,9 +23,7 @@ def project(tmp_path, monkeypatch):
     """A git repository with program.md's world around it: `uv run` is this interpreter, all data are prepared."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    uv = tools / "uv"
-    uv.write_text(f'#!/bin/sh\nshift\ntest "$1" = prepare.py && exit 0\nexec {sys.executable} -B "$@"\n')
-    uv.chmod(0o755)
+    stage.write_uv(tools)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     monkeypatch.setenv("TIME_BUDGET", "1")
