@@ -68,8 +68,8 @@ class Agent(night.Agent):
             self.submitted += 1
             return self.shell(idea.get("environment", "") + "uv run referee.py submit")
         out = self.shell(self.commands.status)
-        if re.search("^out: 0 running, 0 queued", out, re.M):
-            return None
+        if re.search(r"^out: 0 running, 0 queued\n(?!  )", out, re.M):
+            return None  # a commit that is listed below still awaits a record
         self.shell("sleep 2")
         return self.shell(self.commands.status)
 
