@@ -53,6 +53,8 @@ def pretend(scores, does="score", steps=10, seconds=0.0, memory=None, grace=2):
             clock.tick(now=step * clock.budget / steps)
         clock.stop(now=float(clock.budget))
         referee.this_run.score = scores[referee.SEED]
+        if "PRETEND_DOUBT" in os.environ:
+            referee.doubt(os.environ["PRETEND_DOUBT"])
         lines = {"val_bpb": f"{scores[referee.SEED]:.6f}", "peak_vram_mb": "n/a", "num_steps": f"{steps}"}
         harness = os.environ.get("PRETEND_HARNESS", "01234567")
         device = os.environ.get("PRETEND_DEVICE", "cpu (a stand-in)")

@@ -427,6 +427,72 @@ def test_an_edit_that_is_not_committed_is_not_submitted(night):
     assert "train.py is changed but not committed" in referee(night, "submit")[1]
 
 
+# -- a baseline that does not count
+
+PEEK = "import sys\n\nsys._getframe()\n"
+
+
+def test_what_the_look_finds_is_not_sent_to_a_slot(project, engine):
+    honest = (project / "train.py").read_text()
+    (project / "train.py").write_text(PEEK + honest)
+    git(project, "commit", "-qam", "peeks")
+    status, out = referee(project, "submit")
+    assert status != 0
+    assert "not submitted, since its score would not count: train.py line 3 " in out
+    assert "git commit -qam '<idea>' && uv run referee.py submit" in out
+    assert engine.list.read_text() == ""
+    (project / "train.py").write_text(honest)
+    git(project, "commit", "-qam", "mended")
+    assert "with seed 42: Submitted" in referee(project, "submit")[1]
+
+
+def test_what_the_look_finds_in_an_idea_can_be_mended(night, engine):
+    (night / "train.py").write_text(PEEK + text({0: 0.02}))
+    git(night, "commit", "-qam", "wider")
+    out = referee(night, "submit")[1]
+    assert "mend that, then git commit -qa --amend --no-edit && uv run referee.py submit" in out
+    (night / "train.py").write_text(text({0: 0.02}))
+    git(night, "commit", "-qa", "--amend", "--no-edit")
+    assert "with seed 42: Submitted" in referee(night, "submit")[1]
+
+
+@pytest.mark.parametrize("mended_before", [False, True])
+def test_a_baseline_that_does_not_count_is_mended(project, engine, mended_before):
+    start = git(project, "rev-parse", "--short=7", "HEAD")
+    referee(project, "submit")
+    engine.work(PRETEND_DOUBT="a doubt")
+    assert next_step(referee(project, "status")[1]) == f"uv run referee.py log {start} discard: a doubt"
+    if mended_before:
+        idea(project, "mended", {0: 0.01})
+    out = referee(project, "log", start, "discard")[1]
+    assert row_words(project, "start (does not count: a doubt)") == ["discard"]
+    if not mended_before:
+        mend = "mend train.py (a doubt), then git commit -qam '<idea>' && uv run referee.py submit"
+        assert next_step(out) == mend
+        assert f"{start} does not count (a doubt); mend train.py" in referee(project, "submit")[1]
+        idea(project, "mended", {0: 0.01})
+    engine.work()
+    follow(project, engine)
+    assert branch(project) == ["mended", "start"]
+    assert row_words(project, "baseline") == ["keep"] * 3
+
+
+def test_a_log_that_writes_no_row_says_so(night, engine):
+    first = git(night, "rev-parse", "HEAD")
+    referee(night, "submit", first, "--seed", "50")
+    engine.work()
+    referee(night, "log", first)
+    git(night, "update-ref", f"refs/autoresearch/out/autoresearch/nov21/{first}", first)
+    assert f"no new row: all runs of {first[:7]} have theirs" in referee(night, "log", first)[1]
+
+
+def test_wait_says_why_it_does_not_wait(night, engine):
+    idea(night, "worse", {0: -0.02})
+    engine.work()
+    out = referee(night, "wait")[1]
+    assert out.startswith("not waiting: there is something to do first\nnext: uv run referee.py log ")
+
+
 def test_two_commits_of_one_idea_become_one(night, engine):
     for number in (0, 1):
         (night / "train.py").write_text(text({0: 0.02, 1: 0.02 * number}))

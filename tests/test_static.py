@@ -18,7 +18,7 @@ PLAIN = sorted(
 )
 TOKENS = {  # of code, comments and docstrings free: where the files stood when this was set; raising one says why
     "prepare.py": 9920,
-    "referee.py": 17420,  # 4,300 of them the room FLEET
+    "referee.py": 17610,  # 4,300 of them the room FLEET
 }
 
 
