@@ -7,10 +7,11 @@ Rooms, each using only those above it:
 
     1. KNOBS      every number an experiment may turn, one tier for each kind of device
     2. MODEL      GPT: attention paths, blocks, embeddings, head
-    3. OPTIMIZER  Muon for matrices, AdamW for the rest
-    4. SCHEDULE   learning rate, momentum and weight decay over the budget
-    5. RUN        device, compilation, warm-up, the loop, what it prints
-    6. CONTRACT   main(), and what the frozen half expects of it
+    3. KERNELS    loss and MLP of GPUs, faster forms of two functions of the model
+    4. OPTIMIZER  Muon for matrices, AdamW for the rest
+    5. SCHEDULE   learning rate, momentum and weight decay over the budget
+    6. RUN        device, compilation, warm-up, the loop, what it prints
+    7. CONTRACT   main(), and what the frozen half expects of it
 
 Letters: B rows, T positions, C width, H heads, D channels of a head, V vocabulary.
 """
@@ -258,7 +259,7 @@ ATTENTION = {"fa3": flash_attention, "flex": flex_attention, "sdpa": sdpa_attent
 
 
 class Attention(nn.Module):
-    """Causal attention with a window; QK norm after RoPE; token-value embeddings gated into v."""
+    """Causal attention with a window; QK norm; token-value embeddings gated into v."""
 
     def __init__(self, knobs, attend, window, has_values):
         super().__init__()
@@ -275,29 +276,63 @@ class Attention(nn.Module):
 
     def forward(self, x, values, cos, sin):  # x: (B, T, C); values: (B, T, C) or None -> (B, T, C)
         B, T, C = x.shape
-        q = self.query(x).view(B, T, -1, self.head_dim)  # (B, T, H, D), as are k and v
-        k = self.key(x).view(B, T, -1, self.head_dim)
-        v = self.value(x).view(B, T, -1, self.head_dim)
+        three = torch.cat(
+            [self.query.weight, self.key.weight, self.value.weight]
+        )  # one product; Muon sees three matrices
+        q, k, v = F.linear(x, three).view(B, T, 3, -1, self.head_dim).unbind(2)  # (B, T, H, D) each
         if self.gate is not None:
             gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))  # (B, T, H)
             v = v + gate[..., None] * values.view_as(v).to(v.dtype)
-        q = self.qk_product * norm(rotate(q, cos, sin))
-        k = norm(rotate(k, cos, sin))
+        q = self.qk_product * rotate(norm(q), cos, sin)  # a rotation leaves the norm as it is: either order will do,
+        k = rotate(norm(k), cos, sin)  # and this one keeps nothing for the backward but what the product gave
         return self.out(self.attend(q, k, v, self.window).reshape(B, T, C))
 
 
-class Block(nn.Module):
-    """Pre-norm attention and a squared-ReLU MLP (Primer, arXiv:2109.08668), each added to the residual stream."""
+class SquaredReLU(torch.autograd.Function):
+    """relu(x) ** 2 (Primer, arXiv:2109.08668). Its slope is twice the root of what it gives, so that nothing but the
+    input of the next product is kept for the backward: half of what an MLP holds."""
 
-    def __init__(self, knobs, attend, window, has_values):
+    @staticmethod
+    def forward(ctx, x):
+        positive = F.relu(x)
+        squares = positive * positive  # square() would be fp32 under CUDA's autocast
+        ctx.save_for_backward(squares)
+        return squares
+
+    @staticmethod
+    def backward(ctx, grad):
+        (squares,) = ctx.saved_tensors
+        return 2 * squares.sqrt() * grad
+
+
+def plain_mlp(x, up, down):  # x: (N, C), up: (M, C), down: (C, M) -> (N, C)
+    return F.linear(SquaredReLU.apply(F.linear(x, up)), down)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and a squared-ReLU MLP, each added to the residual stream."""
+
+    def __init__(self, knobs, attend, mlp, window, has_values):
         super().__init__()
         self.attention = Attention(knobs, attend, window, has_values)
+        self.mlp = mlp
         self.up = nn.Linear(knobs.width, knobs.mlp_ratio * knobs.width, bias=False)
         self.down = nn.Linear(knobs.mlp_ratio * knobs.width, knobs.width, bias=False)
 
     def forward(self, x, values, cos, sin):  # x: (B, T, C) -> (B, T, C)
         x = x + self.attention(norm(x), values, cos, sin)
-        return x + self.down(F.relu(self.up(norm(x))).square())
+        return x + self.mlp(norm(x).flatten(0, 1), self.up.weight, self.down.weight).view_as(x)
+
+
+def cap(logits, softcap):  # in fp32
+    """Soft cap: squeezes logits into +-softcap; 0 leaves them alone."""
+    logits = logits.float()
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def plain_loss(hidden, weight, targets, softcap):
+    """Mean cross-entropy in nats of capped logits. hidden: (N, C), weight: (V, C), targets: (N,)."""
+    return F.cross_entropy(cap(F.linear(hidden, weight), softcap), targets)
 
 
 def hash_pairs(ids, vocab_size, rows):  # ids: (B, T) -> (B, T), in [0, rows)
@@ -315,17 +350,21 @@ def block_windows(knobs, T):
 class GPT(nn.Module):
     """ids (B, T) -> logits (B, T, V) in fp32, or with targets (B, T) the mean cross-entropy in nats.
 
-    attention: a name in ATTENTION. dtype: of the matrix products; tables are bf16 where it is, else fp32.
+    attention: a name in ATTENTION. dtype: of the matrix products; tables are bf16 where it is, else fp32. loss, mlp:
+    plain_loss and plain_mlp, or other forms of them.
     backward() takes loss_scale times the loss. Muon and AdamW move by a gradient's direction and need not know.
     """
 
-    def __init__(self, knobs, vocab_size, T, device, attention="sdpa", dtype=torch.float32):
+    def __init__(
+        self, knobs, vocab_size, T, device, attention="sdpa", dtype=torch.float32, loss=plain_loss, mlp=plain_mlp
+    ):
         super().__init__()
         C = knobs.width
         L = knobs.depth
         self.knobs = knobs
         self.T = T
         self.dtype = dtype
+        self.loss = loss
         self.loss_scale = knobs.fp16_loss_scale if dtype == torch.float16 else 1.0
         self.windows = block_windows(knobs, T)
         attend = ATTENTION[attention](device, T, self.windows)
@@ -333,7 +372,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(vocab_size, C)
         self.value_embeddings = nn.ModuleDict({str(i): nn.Embedding(vocab_size, C) for i in range(L) if has_values[i]})
         self.bigram = nn.Embedding(knobs.bigram_rows, C) if knobs.bigram_rows else None
-        self.blocks = nn.ModuleList(Block(knobs, attend, self.windows[i], has_values[i]) for i in range(L))
+        self.blocks = nn.ModuleList(Block(knobs, attend, mlp, self.windows[i], has_values[i]) for i in range(L))
         self.head = nn.Linear(C, vocab_size, bias=False)
         self.residual_scale = nn.Parameter(torch.full((L,), knobs.residual_init))
         self.x0_scale = nn.Parameter(torch.full((L,), knobs.x0_init))
@@ -382,12 +421,10 @@ class GPT(nn.Module):
 
     def forward(self, ids, targets=None):  # ids, targets: (B, T)
         with torch.autocast(ids.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.head(self.hidden(ids)).float()  # (B, T, V)
-        if self.knobs.softcap:
-            logits = self.knobs.softcap * torch.tanh(logits / self.knobs.softcap)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            hidden = self.hidden(ids)
+            if targets is None:
+                return cap(self.head(hidden), self.knobs.softcap)  # (B, T, V)
+            return self.loss(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.knobs.softcap)
 
     def flops_per_token(self):
         """6 for each weight of the matrices and the head, 12 * C for each key a query may see, causality not halved."""
@@ -396,7 +433,139 @@ class GPT(nn.Module):
         return 6 * weights + 12 * self.knobs.width * keys
 
 
-# == 3. OPTIMIZER ======================================================================================================
+# == 3. KERNELS ========================================================================================================
+
+# Each function here returns a faster form of a function of the model, for GPUs; it raises where there is no Triton. Change
+# the plain form as you like: a kernel that does not compute the same is not used, and the log says so.
+
+
+def fused_loss():
+    """plain_loss() by a kernel that reads each logit from memory once and leaves its gradient in its place: they
+    move twice instead of four times, and are gone before the backward. The log of the sum is online (arXiv:1805.02867)."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def replace_by_gradient(logits, targets, losses, V, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0)
+        logits += row.to(tl.int64) * V
+        target = tl.load(targets + row)
+        highest = tl.full((), float("-inf"), tl.float32)
+        total = tl.full((), 0.0, tl.float32)  # of the powers of what lies below the highest
+        for start in range(0, V, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            z = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
+            if SOFTCAP > 0:
+                z = SOFTCAP * (2 * tl.sigmoid(2 * z / SOFTCAP) - 1)
+            z = tl.where(columns < V, z, float("-inf"))
+            higher = tl.maximum(highest, tl.max(z, 0))
+            total = total * tl.exp(highest - higher) + tl.sum(tl.exp(z - higher), 0)
+            highest = higher
+        log_total = highest + tl.log(total)
+        loss = log_total
+        for start in range(0, V, BLOCK):  # the row comes from the cache this time
+            columns = start + tl.arange(0, BLOCK)
+            z = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
+            slope = tl.full((BLOCK,), 1.0, tl.float32)
+            if SOFTCAP > 0:
+                tanh = 2 * tl.sigmoid(2 * z / SOFTCAP) - 1
+                z = SOFTCAP * tanh
+                slope = 1 - tanh * tanh
+            is_target = tl.where(columns == target, 1.0, 0.0)
+            loss -= tl.sum(is_target * z, 0)
+            tl.store(logits + columns, slope * (tl.exp(z - log_total) - is_target), mask=columns < V)
+        tl.store(losses + row, loss)
+
+    class FusedLoss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, weight, targets, softcap):
+            weight = weight.to(hidden.dtype)
+            logits = hidden @ weight.mT  # (N, V)
+            N, V = logits.shape
+            losses = torch.empty(N, dtype=torch.float32, device=hidden.device)
+            replace_by_gradient[(N,)](logits, targets, losses, V, SOFTCAP=softcap, BLOCK=1024)
+            ctx.save_for_backward(hidden, weight, logits)
+            return losses.mean()
+
+        @staticmethod
+        def backward(ctx, grad):
+            hidden, weight, gradient = ctx.saved_tensors
+            share = grad / len(hidden)
+            of_hidden = (gradient @ weight).float() * share
+            of_weight = (gradient.mT @ hidden).float() * share
+            return of_hidden.to(hidden.dtype), of_weight, None, None
+
+    return FusedLoss.apply
+
+
+def fused_mlp():
+    """plain_mlp() by a matrix product that ends in the squared ReLU, and in its backward in the slope: what lies between
+    is never written. Token counts and widths are multiples of its blocks."""
+    import triton
+    import triton.language as tl
+
+    blocks = dict(BLOCK_N=128, BLOCK_M=128, BLOCK_K=64)
+
+    @triton.jit
+    def product(
+        x,  # (N, K)
+        weight,  # (K, M) in any strides
+        squares,  # (N, M), read where SLOPE
+        out,  # (N, M)
+        M,
+        K,
+        stride_k,
+        stride_m,
+        SLOPE: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):
+        tile = tl.program_id(0)
+        rows = (tile // (M // BLOCK_M)).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+        columns = (tile % (M // BLOCK_M)) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        inner = tl.arange(0, BLOCK_K)
+        sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            left = tl.load(x + rows * K + (start + inner)[None, :])
+            right = tl.load(weight + (start + inner)[:, None] * stride_k + columns * stride_m)
+            sums = tl.dot(left, right, sums)
+        place = rows * M + columns
+        if SLOPE:
+            sums *= 2 * tl.sqrt(tl.load(squares + place).to(tl.float32))
+        else:
+            sums = tl.maximum(sums, 0.0)
+            sums *= sums
+        tl.store(out + place, sums)
+
+    def launch(x, weight, squares, slope):  # x: (N, K), weight: (K, M) -> (N, M)
+        N, K = x.shape
+        M = weight.size(1)
+        out = torch.empty(N, M, dtype=x.dtype, device=x.device)
+        tiles = (N // blocks["BLOCK_N"]) * (M // blocks["BLOCK_M"])
+        options = dict(SLOPE=slope, num_warps=8, num_stages=3, **blocks)
+        product[(tiles,)](x, weight, out if squares is None else squares, out, M, K, *weight.stride(), **options)
+        return out
+
+    class FusedMLP(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, up, down):
+            assert x.size(0) % 128 == up.size(0) % 128 == x.size(1) % 64 == 0, "rows or widths are no multiples of 128"
+            up, down = up.to(x.dtype), down.to(x.dtype)
+            squares = launch(x, up.mT, None, slope=False)
+            ctx.save_for_backward(x, up, down, squares)
+            return squares @ down.mT
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, up, down, squares = ctx.saved_tensors
+            of_hidden = launch(grad.contiguous(), down, squares, slope=True)
+            return of_hidden @ up, (of_hidden.mT @ x).float(), (grad.mT @ squares).float()
+
+    return FusedMLP.apply
+
+
+# == 4. OPTIMIZER ======================================================================================================
 
 # Quintic polynomials (a, b, c) of Polar Express (arXiv:2505.16932) for 5 steps: x <- a x + (b A + c A A) x, A = x x^T
 POLAR_EXPRESS = (
@@ -449,8 +618,7 @@ def muon_update(params, grads, momentum, second, *, lr, mu, beta2, decay, dtype)
     u = reduce_variance(orthogonalize(mu * momentum + (1 - mu) * g, dtype).float(), second, beta2)
     p = torch.stack(params)
     p = p - lr * (u + decay * p * (u * p >= 0))
-    for param, new in zip(params, p.unbind()):
-        param.copy_(new)
+    torch._foreach_copy_(params, p.unbind())  # one kernel
 
 
 def adamw_update(params, grads, averages, squares, *, lr, betas, eps, decay, step):
@@ -596,7 +764,7 @@ def make_optimizer(model, compiler=uncompiled):
     return optimizer
 
 
-# == 4. SCHEDULE =======================================================================================================
+# == 5. SCHEDULE =======================================================================================================
 
 
 def lr_scale(k, progress):
@@ -619,7 +787,7 @@ def set_rates(optimizer, k, progress, step):
             group.weight_decay.fill_(k.weight_decay * max(0.0, 1 - progress))
 
 
-# == 5. RUN ============================================================================================================
+# == 6. RUN ============================================================================================================
 
 PEAK_TFLOPS = {  # dense bf16, by a pattern of the device's name; the first match counts
     "H100 PCIe": 756,
@@ -704,37 +872,50 @@ def attention_names(device, dtype, compiler):
     return ["fa3", "sdpa"] if compiler is uncompiled else ["fa3", "flex", "sdpa"]
 
 
-def attention_grads(attend, qkv, window):
-    """Forward and backward: [attend(q, k, v, window), and the gradients of q, k, v where its square is the loss]."""
-    inputs = [x.detach().requires_grad_() for x in qkv]
-    out = attend(*inputs, window)
+def outcome(function, inputs, *rest):
+    """Forward and backward: [function(*inputs, *rest), and the gradients of the inputs where its square is the loss]."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs, *rest)
     out.float().square().sum().backward()
     return [out.detach(), *(x.grad for x in inputs)]
+
+
+def check_agreement(outcomes, plain, names):
+    """AssertionError: what two outcomes hold differs by more than 2 %."""
+    for name, ours, theirs in zip(names, outcomes, plain):
+        error = (ours.float() - theirs.float()).norm() / theirs.float().norm().clamp_min(1e-9)
+        assert error < 0.02, f"its {name} is {100 * error:.0f} % off"
+
+
+def least_seconds(call, device):
+    """The least of four calls, of which the first compiles."""
+    seconds = []
+    for _ in range(4):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def check_attention(name, head_dim, device, dtype, compiler):
     """AssertionError: this path differs from SDPA, by more than 2 %, on a window of 64 in 256 positions."""
     qkv = torch.randn(3, 1, 256, 2, head_dim, device=device, dtype=dtype)
-    got = attention_grads(compiler(ATTENTION[name](device, 256, [64])), qkv, 64)
-    wanted = attention_grads(sdpa_attention(device, 256, [64]), qkv.float(), 64)
-    for part, ours, theirs in zip(("output", "dq", "dk", "dv"), got, wanted):
-        error = (ours.float() - theirs).norm() / theirs.norm().clamp_min(1e-9)
-        assert error < 0.02, f"its {part} is {100 * error:.0f} % off"
+    ours = outcome(compiler(ATTENTION[name](device, 256, [64])), qkv, 64)
+    check_agreement(ours, outcome(sdpa_attention(device, 256, [64]), qkv.float(), 64), ("output", "dq", "dk", "dv"))
 
 
 def time_attention(name, shape, windows, device, dtype, compiler):
     """Seconds of forward and backward over one call for each window. shape: (B, T, H, D)."""
     attend = compiler(ATTENTION[name](device, shape[1], windows))
     qkv = torch.randn(3, *shape, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(4):  # the first compiles
-        began = time.perf_counter()
+
+    def all_windows():
         for window in windows:
-            attention_grads(attend, qkv, window)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+            outcome(attend, qkv, window)
+
+    return least_seconds(all_windows, device)
 
 
 def pick_attention(names, shape, windows, device, dtype, compiler):
@@ -755,6 +936,59 @@ def pick_attention(names, shape, windows, device, dtype, compiler):
     gc.collect()  # a compiled path's graph can be a cycle, which held a gigabyte
     print("attention: " + ", ".join(f"{name} {1000 * times[name]:.1f} ms" for name in times), flush=True)
     return min(times, key=times.get, default="sdpa")
+
+
+def check_loss(loss, vocab_size, softcap, device, dtype, compiler):
+    """AssertionError: this loss differs from plain_loss(), by more than 2 %, on 64 positions."""
+    hidden = torch.randn(64, 64, device=device, dtype=dtype)
+    weight = torch.randn(vocab_size, 64, device=device, dtype=dtype)
+    rest = (torch.randint(vocab_size, (64,), device=device), softcap)
+    plain = outcome(plain_loss, (hidden.float(), weight.float()), *rest)
+    check_agreement(outcome(compiler(loss), (hidden, weight), *rest), plain, ("value", "dhidden", "dweight"))
+
+
+def check_mlp(mlp, rows, width, hidden, device, dtype, compiler):
+    """AssertionError: this MLP differs from plain_mlp(), by more than 2 %, on 128 positions, or is slower on `rows`."""
+    x = torch.randn(rows, width, device=device, dtype=dtype)
+    up = torch.randn(hidden, width, device=device, dtype=dtype) / width**0.5
+    down = torch.randn(width, hidden, device=device, dtype=dtype) / hidden**0.5
+    few = (x[:128], up, down)
+    plain = outcome(plain_mlp, [part.float() for part in few])
+    check_agreement(outcome(compiler(mlp), few), plain, ("output", "dx", "dup", "ddown"))
+    ours, theirs = [
+        least_seconds(lambda form=compiler(form): outcome(form, (x, up, down)), device) for form in (mlp, plain_mlp)
+    ]
+    assert ours < theirs, f"{1000 * ours:.2f} ms where the plain form takes {1000 * theirs:.2f}"
+
+
+def pick_kernel(make, check, plain):
+    """What make() returns where check() accepts it, else the plain form."""
+    try:
+        kernel = make()
+        check(kernel)
+        return kernel
+    except Exception as error:  # no Triton, no compiler, a shape that does not fit, a GPU on which it is slower
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        print(f"{plain.__name__} is used: {make.__name__} does not work here ({reason})", flush=True)
+        return plain
+
+
+def pick_kernels(knobs, rows, T, vocab_size, device, dtype, compiler):
+    """(loss, mlp) for a GPT: the kernels where they work. rows: of a micro-batch."""
+    if device.type != "cuda":
+        return plain_loss, plain_mlp
+
+    def accept_loss(loss):
+        check_loss(loss, vocab_size, knobs.softcap, device, dtype, compiler)
+
+    def accept_mlp(mlp):
+        assert T % 128 == 0, f"rows of {T} are no multiple of 128"
+        check_mlp(mlp, rows * T, knobs.width, knobs.mlp_ratio * knobs.width, device, dtype, compiler)
+
+    loss = pick_kernel(fused_loss, accept_loss, plain_loss)
+    mlp = pick_kernel(fused_mlp, accept_mlp, plain_mlp)
+    gc.collect()  # compiled graphs are cycles, as above
+    return loss, mlp
 
 
 @contextlib.contextmanager
@@ -963,7 +1197,7 @@ def train(model, forward, optimizer, loader, accumulation):
     return step, tokens
 
 
-# == 6. CONTRACT =======================================================================================================
+# == 7. CONTRACT =======================================================================================================
 # What the frozen half expects: guard() around main(); torch.manual_seed(SEED) before the first batch; nothing learned
 # from text before it; a clock.tick() at the end of each step; model(ids) -> logits (B, T, V) that look back only;
 # one evaluate_bpb, then one print_summary, whose attention= names what the machine offers: runs with different names do
@@ -984,7 +1218,8 @@ def main():
     names = attention_names(device, dtype, compiler)
     shape = (rows, T, knobs.width // knobs.head_dim, knobs.head_dim)
     attention = pick_attention(names, shape, block_windows(knobs, T), device, dtype, compiler)
-    model = GPT(knobs, vocab_size, T, device, attention, dtype)
+    loss, mlp = pick_kernels(knobs, rows, T, vocab_size, device, dtype, compiler)
+    model = GPT(knobs, vocab_size, T, device, attention, dtype, loss, mlp)
     optimizer = make_optimizer(model, compiler)
     num_params = sum(p.numel() for p in model.parameters())
     print(

@@ -673,8 +673,8 @@ DEFECTS = [
     (
         "the look says nothing",
         "referee.py",
-        '                doubt(f"{name} line {line} {sentence}")',
-        "                pass",
+        "            doubt(sentence)",
+        "            pass",
         "look",
     ),
     (

@@ -1,11 +1,17 @@
 """The GPT: attention paths against a plain loop, causality, the reference's numbers."""
 
 import math
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from reference import CPU, REFERENCE, cpu_knobs, draw_ids, redraw
+from stage import ROOT
 
 import train
 
@@ -111,6 +117,131 @@ def test_logits_are_the_heads_softly_capped(softcap):
     assert raw[0].abs().max() > 4
     assert torch.allclose(logits, wanted, atol=1e-5)
     assert torch.allclose(model(IDS, TARGETS), F.cross_entropy(wanted.reshape(-1, 50), TARGETS.reshape(-1)), atol=1e-6)
+
+
+def test_the_slope_of_squared_relu_comes_from_its_output():
+    x = torch.randn(7, 9, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+    train.SquaredReLU.apply(ours).pow(2).sum().backward()
+    F.relu(theirs).square().pow(2).sum().backward()
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5)
+
+
+KERNELS = """
+import torch, train
+
+torch.manual_seed(0)
+
+def compare(kernel, plain, inputs, *rest):
+    for ours, theirs in zip(train.outcome(kernel, inputs, *rest), train.outcome(plain, inputs, *rest), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert ours.abs().max() > 0
+
+for softcap in (15.0, 0.0):
+    for V in (50, 1024, 2500):
+        inputs = torch.randn(13, 16), 3 * torch.randn(V, 16)
+        compare(train.fused_loss(), train.plain_loss, inputs, torch.randint(V, (13,)), softcap)
+inputs = torch.randn(256, 64), torch.randn(256, 64) / 8, torch.randn(64, 256) / 16
+compare(train.fused_mlp(), train.plain_mlp, inputs)
+print("they agree")
+"""
+
+
+def test_the_kernels_agree_with_the_plain_forms():
+    """In a process of its own: Triton's interpreter is chosen where Triton is imported."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.stdout == "they agree\n", done.stderr
+
+
+def wrong_loss(hidden, weight, targets, softcap):
+    return train.plain_loss(hidden, weight, targets, softcap=0.5)
+
+
+def wrong_mlp(x, up, down):
+    return train.plain_mlp(x, 1.1 * up, down)
+
+
+def slow_mlp(x, up, down):
+    time.sleep(0.05)
+    return train.plain_mlp(x, up, down)
+
+
+def plain_in_other_words(*inputs):
+    return (train.plain_mlp if len(inputs) == 3 else train.plain_loss)(*inputs)
+
+
+def pick_kernels(monkeypatch, loss, mlp):
+    """What is picked where the kernels are these. All is computed on the CPU."""
+
+    def on_cpu(draw):
+        return lambda *words, device=None, **more: draw(*words, **more)
+
+    for name in ("randn", "randint"):
+        monkeypatch.setattr(torch, name, on_cpu(getattr(torch, name)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(train, "fused_loss", lambda: loss)
+    monkeypatch.setattr(train, "fused_mlp", lambda: mlp)
+    cuda = SimpleNamespace(type="cuda")
+    return train.pick_kernels(cpu_knobs(**SMALL), 2, 128, 50, cuda, torch.float32, train.uncompiled)
+
+
+@pytest.mark.parametrize(
+    "loss, mlp, reason",
+    [
+        (None, None, "object is not callable"),
+        (wrong_loss, wrong_mlp, "% off"),
+        (wrong_loss, slow_mlp, "ms where the plain form takes"),
+    ],
+)
+def test_a_kernel_that_is_wrong_or_slow_is_not_taken(monkeypatch, capsys, loss, mlp, reason):
+    assert pick_kernels(monkeypatch, loss, mlp) == (train.plain_loss, train.plain_mlp)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("plain_loss is used: ")
+    assert lines[1].startswith("plain_mlp is used: ")
+    assert reason in lines[1]
+
+
+def test_a_kernel_that_agrees_is_taken(monkeypatch, capsys):
+    ticks = iter(range(100))
+    monkeypatch.setattr(train, "least_seconds", lambda call, device: next(ticks))  # the kernel is timed first
+    assert pick_kernels(monkeypatch, plain_in_other_words, plain_in_other_words) == (plain_in_other_words,) * 2
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("softcap", [15.0, 0.0])
+def test_the_kernels_agree_on_a_gpu(softcap):
+    device = torch.device("cuda")
+    train.check_loss(train.fused_loss(), 8192, softcap, device, torch.bfloat16, train.compiled)
+    inputs = [torch.randn(*shape, device=device) / 16 for shape in ((1024, 256), (1024, 256), (256, 1024))]
+    ours = train.outcome(train.compiled(train.fused_mlp()), [part.bfloat16() for part in inputs])
+    train.check_agreement(ours, train.outcome(train.plain_mlp, inputs), ("output", "dx", "dup", "ddown"))
+
+
+def test_a_cpu_takes_the_plain_forms():
+    picked = train.pick_kernels(cpu_knobs(**SMALL), 2, 128, 50, CPU, torch.float32, train.uncompiled)
+    assert picked == (train.plain_loss, train.plain_mlp)
+
+
+def test_one_product_gives_query_key_and_value():
+    model = redraw(small())
+    attention = model.blocks[1].attention
+    seen = []
+    attention.attend = lambda q, k, v, window: seen.extend([q, k, v]) or v
+    x = torch.randn(2, 24, 32)
+    attention(x, None, model.cos, model.sin)
+    q, k, v = [layer(x).view(2, 24, 4, 8) for layer in (attention.query, attention.key, attention.value)]
+    assert torch.allclose(seen[2], v, atol=1e-5)
+    for got, plain, scale in ((seen[0], q, attention.qk_product), (seen[1], k, 1.0)):
+        assert torch.allclose(got, scale * train.norm(train.rotate(plain, model.cos, model.sin)), atol=1e-5)
 
 
 def test_a_bf16_model_gives_fp32_logits():
