@@ -57,6 +57,7 @@ class Knobs:
     softcap: float = 15.0  # logits are squeezed into +-softcap; 0 leaves them alone
     bigram_rows: int = 0  # rows of a hashed table of token pairs that is added to the embedding; 0 for none
     value_gate_channels: int = 32  # channels of the normed input that gate the value embeddings
+    taps: int = 0  # earlier tokens that a short convolution mixes into the input of attention and MLP; 0 for none
     # initial values
     embedding_std: float = 1.0
     head_std: float = 0.001  # near-uniform first predictions
@@ -79,6 +80,7 @@ class Knobs:
     head_lr: float = 0.005
     residual_lr: float = 0.005
     x0_lr: float = 0.5
+    taps_lr: float = 0.02
     adam_betas: tuple = (0.8, 0.95)
     x0_betas: tuple = (0.96, 0.95)
     adam_eps: float = 1e-10
@@ -131,6 +133,7 @@ TIERS = {  # what differs from the table above; a GPU's memory in GB picks its r
         muon_momentum_steps=100,
         softcap=0.0,
         bigram_rows=2**15,
+        taps=3,
     ),
 }
 
@@ -255,7 +258,43 @@ def sdpa_attention(device, T, windows):
     return attend
 
 
-ATTENTION = {"fa3": flash_attention, "flex": flex_attention, "sdpa": sdpa_attention}
+def chunked_attention(device, T, windows):
+    """Plain products and a softmax, for chunks of queries over the keys that they may see. On a CPU a compiler fuses what
+    lies between the products, and PyTorch's own attention is slower."""
+    masks = {window: window_mask(T, window, device) for window in set(windows)}
+    chunk = max(1, T // 4)
+
+    def attend(q, k, v, window):
+        B, T, H, D = q.shape
+        q, k, v = [x.transpose(1, 2).reshape(B * H, T, D) for x in (q, k, v)]
+        mixed = []
+        for start in range(0, T, chunk):
+            end = min(start + chunk, T)
+            first = max(0, start - window)  # the earliest key that a query of this chunk sees
+            scores = D**-0.5 * (q[:, start:end] @ k[:, first:end].mT).float()  # (B H, queries, keys)
+            scores = scores.masked_fill(~masks[window][start:end, first:end], -torch.inf)
+            mixed.append(scores.softmax(-1).to(v.dtype) @ v[:, first:end])
+        return torch.cat(mixed, dim=1).view(B, H, T, D).transpose(1, 2)
+
+    return attend
+
+
+ATTENTION = {"fa3": flash_attention, "flex": flex_attention, "sdpa": sdpa_attention, "chunks": chunked_attention}
+
+
+class ShortConvolution(nn.Module):
+    """Adds to each channel what it was at the last few tokens, weighted, as Primer (arXiv:2109.08668)
+    does it behind q, k and v. It starts as the identity."""
+
+    def __init__(self, taps, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(taps, width))
+
+    def forward(self, x):  # x: (B, T, C) -> (B, T, C)
+        mixed = x
+        for behind, weight in enumerate(self.weight.to(x.dtype), start=1):
+            mixed = mixed + weight * F.pad(x, (0, 0, behind, 0))[:, : x.size(1)]
+        return mixed
 
 
 class Attention(nn.Module):
@@ -318,10 +357,13 @@ class Block(nn.Module):
         self.mlp = mlp
         self.up = nn.Linear(knobs.width, knobs.mlp_ratio * knobs.width, bias=False)
         self.down = nn.Linear(knobs.mlp_ratio * knobs.width, knobs.width, bias=False)
+        self.before_attention = ShortConvolution(knobs.taps, knobs.width) if knobs.taps else nn.Identity()
+        self.before_mlp = ShortConvolution(knobs.taps, knobs.width) if knobs.taps else nn.Identity()
 
     def forward(self, x, values, cos, sin):  # x: (B, T, C) -> (B, T, C)
-        x = x + self.attention(norm(x), values, cos, sin)
-        return x + self.mlp(norm(x).flatten(0, 1), self.up.weight, self.down.weight).view_as(x)
+        x = x + self.attention(self.before_attention(norm(x)), values, cos, sin)
+        mixed = self.before_mlp(norm(x)).flatten(0, 1)
+        return x + self.mlp(mixed, self.up.weight, self.down.weight).view_as(x)
 
 
 def cap(logits, softcap):  # in fp32
@@ -751,9 +793,13 @@ def make_optimizer(model, compiler=uncompiled):
     if model.bigram is not None:
         update = compiler(rows_update)
         groups.append(RowAdam(model.bigram.weight, update, lr=k.bigram_lr, beta2=k.adam_betas[1], eps=k.adam_eps))
+    taps = [module.weight for module in model.modules() if isinstance(module, ShortConvolution)]
+    if taps:
+        groups.append(AdamW(taps, adamw, lr=k.taps_lr, **common))
     shapes = {}
-    for matrix in model.blocks.parameters():
-        shapes.setdefault(tuple(matrix.shape), []).append(matrix)
+    for module in model.blocks.modules():
+        if isinstance(module, nn.Linear):
+            shapes.setdefault(tuple(module.weight.shape), []).append(module.weight)
     common = dict(momentum=k.muon_momentum[0], beta2=k.muon_beta2, weight_decay=k.weight_decay, dtype=model.dtype)
     for (rows, columns), matrices in shapes.items():
         groups.append(Muon(matrices, muon, lr=k.matrix_lr * max(1, rows / columns) ** 0.5, **common))
@@ -867,6 +913,8 @@ def pick_compiler(device):
 def attention_names(device, dtype, compiler):
     """Names in ATTENTION that may work here, the one to prefer first. FlexAttention needs a compiler: without one it
     holds every row's (T, T) scores. Cards without bf16 have too little shared memory for the first two."""
+    if device.type == "cpu" and compiler is not uncompiled:
+        return ["chunks"]
     if device.type != "cuda" or dtype != torch.bfloat16:
         return ["sdpa"]
     return ["fa3", "sdpa"] if compiler is uncompiled else ["fa3", "flex", "sdpa"]

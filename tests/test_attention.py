@@ -98,7 +98,8 @@ def test_timing_covers_every_block_at_the_real_shape(monkeypatch):
 
 
 def test_what_may_work_where():
-    assert train.attention_names(CPU, torch.bfloat16, train.compiled) == ["sdpa"]
+    assert train.attention_names(CPU, torch.bfloat16, train.compiled) == ["chunks"]
+    assert train.attention_names(CPU, torch.bfloat16, train.uncompiled) == ["sdpa"]
     assert train.attention_names(CUDA, torch.float16, train.compiled) == ["sdpa"]
     assert train.attention_names(CUDA, torch.bfloat16, train.compiled) == NAMES
     assert train.attention_names(CUDA, torch.bfloat16, train.uncompiled) == ["fa3", "sdpa"]

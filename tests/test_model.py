@@ -23,6 +23,7 @@ SMALL = dict(
     value_gate_channels=8,
     softcap=15.0,
     bigram_rows=997,
+    taps=0,
 )
 IDS = draw_ids(3, 24)
 TARGETS = draw_ids(3, 24, seed=1)
@@ -44,7 +45,7 @@ def plain_attention(q, k, v, window):
     return out
 
 
-@pytest.mark.parametrize("path", ["sdpa", "flex"])
+@pytest.mark.parametrize("path", ["sdpa", "flex", "chunks"])
 @pytest.mark.parametrize(
     "T, window", [(40, 0), (40, 1), (40, 38), (40, 39), (40, 40), (256, 64), (256, 128), (200, 33)]
 )
@@ -79,11 +80,11 @@ def test_attention_paths_agree_on_a_gpu(path, window):
         assert (got.grad.float().transpose(1, 2) - want.grad).norm() < 0.02 * want.grad.norm()
 
 
-@pytest.mark.parametrize("path", ["sdpa", "flex"])
+@pytest.mark.parametrize("path, taps", [("sdpa", 0), ("flex", 0), ("chunks", 3)])
 @pytest.mark.parametrize("pattern", ["L", "SSL", "SSSL"])
 @torch.no_grad()
-def test_causal_and_rows_apart(path, pattern):
-    model = redraw(small(path, window_pattern=pattern))
+def test_causal_and_rows_apart(path, taps, pattern):
+    model = redraw(small(path, window_pattern=pattern, taps=taps))
     base = model(IDS)
     for t in range(1, 24):
         changed = torch.cat([IDS[:, :t], TARGETS[:, t:]], dim=1)
@@ -105,6 +106,28 @@ def test_short_windows_limit_what_a_block_sees():
     moved = (model(IDS) - model(changed)).abs().amax(dim=(0, 2))
     assert moved[:13].min() > 0  # two blocks of window 6 carry 12 positions, not 13
     assert moved[13:].max() == 0
+
+
+@torch.no_grad()
+def test_a_short_convolution_adds_earlier_tokens_by_channel():
+    mix = train.ShortConvolution(2, 3)
+    x = torch.arange(1.0, 13.0).view(1, 4, 3)
+    assert torch.equal(mix(x), x)
+    mix.weight.copy_(torch.tensor([[1.0, 0.0, 0.5], [0.0, 10.0, 0.0]]))
+    assert mix(x).tolist() == [[[1, 2, 3], [5, 5, 7.5], [11, 28, 12], [17, 61, 16.5]]]
+
+
+@torch.no_grad()
+def test_taps_reach_attention_and_mlp_of_every_block():
+    plain = redraw(small())
+    model = small(taps=2)
+    assert not model.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    assert torch.equal(model(IDS), plain(IDS))
+    for block in model.blocks:
+        for mix in (block.before_attention, block.before_mlp):
+            mix.weight.fill_(0.5)
+            assert not torch.allclose(model(IDS), plain(IDS), atol=1e-3)
+            mix.weight.zero_()
 
 
 @pytest.mark.parametrize("softcap", [15.0, 0.0])

@@ -207,6 +207,16 @@ def test_rates_are_the_references():
         assert group.weight_decay.item() == pytest.approx(0.2)
 
 
+def test_taps_have_a_rate_of_their_own_and_no_decay():
+    model, optimizer = model_and_optimizer(taps=2)
+    taps = [mix.weight for block in model.blocks for mix in (block.before_attention, block.before_mlp)]
+    (group,) = [group for group in optimizer.groups if any(p is taps[0] for p in group.params)]
+    assert list(map(id, group.params)) == list(map(id, taps))
+    assert isinstance(group, train.AdamW)
+    assert group.initial_lr == 0.02
+    assert group.weight_decay == 0
+
+
 def test_shipped_tables_decay_and_go_on_decaying():
     model, optimizer = model_and_optimizer(bigram_rows=64)
     owner = {id(p): group for group in optimizer.groups for p in group.params}
