@@ -315,10 +315,8 @@ class Attention(nn.Module):
 
     def forward(self, x, values, cos, sin):  # x: (B, T, C); values: (B, T, C) or None -> (B, T, C)
         B, T, C = x.shape
-        three = torch.cat(
-            [self.query.weight, self.key.weight, self.value.weight]
-        )  # one product; Muon sees three matrices
-        q, k, v = F.linear(x, three).view(B, T, 3, -1, self.head_dim).unbind(2)  # (B, T, H, D) each
+        matrices = [self.query.weight, self.key.weight, self.value.weight]  # three for Muon, one product
+        q, k, v = F.linear(x, torch.cat(matrices)).view(B, T, 3, -1, self.head_dim).unbind(2)  # (B, T, H, D) each
         if self.gate is not None:
             gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))  # (B, T, H)
             v = v + gate[..., None] * values.view_as(v).to(v.dtype)

@@ -4,6 +4,7 @@
     uv run tests/bench_gpu.py --seconds 300 --seeds 42 --arms reference current
     uv run tests/bench_gpu.py --arms reference shape windows    # speed at the reference's model, its windows and ours
     uv run tests/bench_gpu.py --parts                           # milliseconds of a step's parts
+    uv run tests/bench_gpu.py --bytes                           # bytes that a step moves, as the compiler counts them
 
 It runs on a CPU too. Runs follow each other in ABBA order, each a process of its own with the current frozen files; the
 compile cache is empty at first, so an arm's first start is the cold one. The reference is the train.py of REFERENCE.
@@ -251,10 +252,10 @@ def parts():
         return [torch.randn(*each, device=device, dtype=dtype, requires_grad=True) for each in shapes]
 
     def cross_entropy(logits):
-        logits = logits.float()
-        if k.softcap:
-            logits = k.softcap * torch.tanh(logits / k.softcap)
-        return F.cross_entropy(logits, ids.flatten())
+        return F.cross_entropy(module.cap(logits, k.softcap), ids.flatten())
+
+    def loss_by(form):
+        return compiler(lambda hidden, weight: form(hidden, weight, ids.flatten(), k.softcap))
 
     names = module.attention_names(device, dtype, compiler)
     for name, window in itertools.product(names, sorted(set(windows))):
@@ -268,9 +269,19 @@ def parts():
     for name, inner, outer in (("q, k, v or out", C, C), ("up", C, hidden), ("down", hidden, C), ("head", C, V)):
         show(f"GEMM {name} {inner} x {outer}", F.linear, draw((rows * T, inner), (outer, inner)), device)
     show("soft cap and cross-entropy", compiler(cross_entropy), draw((rows * T, V)), device)
+    forms = {"loss": (module.plain_loss, module.fused_loss), "MLP": (module.plain_mlp, module.fused_mlp)}
+    for name, (plain, make) in forms.items():
+        shapes = [(rows * T, C), (V, C)] if name == "loss" else [(rows * T, C), (hidden, C), (C, hidden)]
+        wrap = loss_by if name == "loss" else compiler
+        show(f"{name}, products and all", wrap(plain), draw(*shapes), device)
+        try:
+            show(f"{name}, by the kernel", wrap(make()), draw(*shapes), device)
+        except Exception as error:  # no Triton
+            print(f"{name} kernel: {type(error).__name__}")
     show("one embedding, gather and scatter", lambda weight: F.embedding(ids, weight), draw((V, C)), device)
     attention = module.pick_attention(names, shape, windows, device, dtype, compiler)
-    model = module.GPT(k, V, T, device, attention, dtype)
+    loss, mlp = module.pick_kernels(k, rows, T, V, device, dtype, compiler)
+    model = module.GPT(k, V, T, device, attention, dtype, loss, mlp)
     optimizer = module.make_optimizer(model, compiler)
     forward = compiler(model)
     show("forward and backward, whole model", lambda: forward(ids, ids), [], device)
@@ -279,16 +290,57 @@ def parts():
     print(f"{'feeding, if nothing hid it':<44} {timed(lambda: next(loader), device):9.3f} ms")
 
 
+def count_bytes():
+    """Prints what Inductor counts for the graphs of a step: gigabytes read and written, each buffer once a kernel; and the
+    peak of the GPU's memory. What a kernel of our own writes is counted twice, as if it were read as well."""
+    import logging
+
+    import torch
+    from torch._inductor import compile_fx, config, metrics
+
+    import prepare
+
+    config.force_disable_caches = True  # a cached graph is not counted
+    compile_fx.inductor_metrics_log.setLevel(logging.INFO)
+    compile_fx.inductor_metrics_log.propagate = False
+    module = load("current")
+    device, dtype = module.pick_device()
+    k = knobs("current")
+    T = prepare.MAX_SEQ_LEN
+    V = prepare.Tokenizer.from_directory().get_vocab_size()
+    rows, _ = module.fitting_rows(k, V, T, device)
+    compiler = module.pick_compiler(device)
+    shape = (rows, T, k.width // k.head_dim, k.head_dim)
+    windows = module.block_windows(k, T)
+    attention = module.pick_attention(
+        module.attention_names(device, dtype, compiler), shape, windows, device, dtype, compiler
+    )
+    loss, mlp = module.pick_kernels(k, rows, T, V, device, dtype, compiler)
+    model = module.GPT(k, V, T, device, attention, dtype, loss, mlp)
+    optimizer = module.make_optimizer(model, compiler)
+    metrics.reset()
+    module.rehearse_training(model, compiler(model), optimizer, rows)
+    print(
+        f"{rows} rows of {T}, depth {k.depth}, width {k.width}, vocabulary {V}, {attention}, {loss.__name__}, {device}"
+    )
+    print(f"{metrics.num_bytes_accessed / 1e9:.2f} GB a step in {metrics.generated_kernel_count} generated kernels")
+    if device.type == "cuda":
+        print(f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of memory at most")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["reference", "batch", "current"])
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--bytes", action="store_true")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     if args.parts:
         parts()
+    elif args.bytes:
+        count_bytes()
     else:
         compare(args.arms, args.seeds, args.seconds)
 
