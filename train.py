@@ -70,8 +70,8 @@ class Knobs:
     eval_tokens: int = 2**18  # tokens at a time in evaluation
     fp16_loss_scale: float = 2.0**15  # about a micro-batch's tokens: a token's share of the mean is too small for fp16
     # GPU memory of a token at a time, in bytes: for each channel of a block, for each logit
-    block_bytes: float = 46.0
-    logit_bytes: float = 2.7
+    block_bytes: float = 34.0
+    logit_bytes: float = 2.4
     # optimizer; AdamW's rates but the scalars' are for width 768 and grow with (C / 768) ** -0.5
     matrix_lr: float = 0.04  # Muon, times sqrt(max(1, rows / columns))
     embedding_lr: float = 0.9
@@ -104,7 +104,7 @@ class Knobs:
             "head_dim is odd": self.head_dim % 2 == 0,
             "window_pattern has letters besides S and L": set(self.window_pattern) in ({"S"}, {"L"}, {"S", "L"}),
             "short_window is not in (0, 1]": 0 < self.short_window <= 1,
-            "softcap or bigram_rows is below 0": min(self.softcap, self.bigram_rows) >= 0,
+            "softcap, bigram_rows or taps is below 0": min(self.softcap, self.bigram_rows, self.taps) >= 0,
             "value_gate_channels is not between 1 and width": 0 < self.value_gate_channels <= self.width,
             "depth, mlp_ratio or a token count is below 1": min(counts) >= 1,
             "batch_tokens is not a multiple of micro_tokens": self.batch_tokens % max(1, self.micro_tokens) == 0,
