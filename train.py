@@ -70,8 +70,8 @@ class Knobs:
     eval_tokens: int = 2**18  # tokens at a time in evaluation
     fp16_loss_scale: float = 2.0**15  # about a micro-batch's tokens: a token's share of the mean is too small for fp16
     # GPU memory of a token at a time, in bytes: for each channel of a block, for each logit
-    block_bytes: float = 34.0
-    logit_bytes: float = 2.4
+    block_bytes: float = 36.0
+    logit_bytes: float = 2.7
     # optimizer; AdamW's rates but the scalars' are for width 768 and grow with (C / 768) ** -0.5
     matrix_lr: float = 0.04  # Muon, times sqrt(max(1, rows / columns))
     embedding_lr: float = 0.9
@@ -538,9 +538,9 @@ def fused_loss():
     return FusedLoss.apply
 
 
-def fused_mlp():
-    """plain_mlp() by a matrix product that ends in the squared ReLU, and in its backward in the slope: what lies between
-    is never written. Token counts and widths are multiples of its blocks."""
+def mlp_product():
+    """A function launch(x, weight, squares): x @ weight, (N, K) by (K, M), with its squared ReLU, or where squares (N, M) are
+    given, times the slope there, 2 sqrt(squares). N and M are multiples of 128, K of 64."""
     import triton
     import triton.language as tl
 
@@ -578,28 +578,36 @@ def fused_mlp():
             sums *= sums
         tl.store(out + place, sums)
 
-    def launch(x, weight, squares, slope):  # x: (N, K), weight: (K, M) -> (N, M)
+    def launch(x, weight, squares=None):
         N, K = x.shape
         M = weight.size(1)
         out = torch.empty(N, M, dtype=x.dtype, device=x.device)
         tiles = (N // blocks["BLOCK_N"]) * (M // blocks["BLOCK_M"])
-        options = dict(SLOPE=slope, num_warps=8, num_stages=3, **blocks)
+        options = dict(SLOPE=squares is not None, num_warps=8, num_stages=3, **blocks)
         product[(tiles,)](x, weight, out if squares is None else squares, out, M, K, *weight.stride(), **options)
         return out
+
+    return launch
+
+
+def fused_mlp():
+    """plain_mlp() by a matrix product that ends in the squared ReLU, and in its backward in the slope: what lies between
+    is never written."""
+    launch = mlp_product()
 
     class FusedMLP(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, up, down):
             assert x.size(0) % 128 == up.size(0) % 128 == x.size(1) % 64 == 0, "rows or widths are no multiples of 128"
             up, down = up.to(x.dtype), down.to(x.dtype)
-            squares = launch(x, up.mT, None, slope=False)
+            squares = launch(x, up.mT)
             ctx.save_for_backward(x, up, down, squares)
             return squares @ down.mT
 
         @staticmethod
         def backward(ctx, grad):
             x, up, down, squares = ctx.saved_tensors
-            of_hidden = launch(grad.contiguous(), down, squares, slope=True)
+            of_hidden = launch(grad.contiguous(), down, squares)
             return of_hidden @ up, (of_hidden.mT @ x).float(), (grad.mT @ squares).float()
 
     return FusedMLP.apply
