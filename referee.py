@@ -1872,15 +1872,12 @@ class Fleet:
     @property
     def at_rest(self):
         """Whether HEAD is what ideas are cut from: kept, or the baseline, which is out or was given up."""
-        known = self.night.status is not None or self.night.place.head in self.known
-        return not self.on_idea and known
+        return not self.on_idea and (self.night.status is not None or self.night.place.head in self.known)
 
     @property
     def given_up(self):
         """Whether HEAD is a baseline that was dropped, as one whose score does not count."""
-        return (
-            not self.on_idea and self.night.status in ("discard", "crash") and self.night.place.head not in self.known
-        )
+        return self.at_rest and self.night.status != "keep" and self.night.place.head not in self.known
 
 
 def slot_logs(night):
@@ -2128,7 +2125,7 @@ def said_of_trial(trial):
         words = (tail(log, 1) if log else None) or ["it has not run"]
         return f"{'its record is awaited' if last is None and is_settling(trial.night) else 'lost'}; {words[0]}"
     if last["fail"]:
-        return f"FAIL: {last['fail'].get('kind')}: {last['fail'].get('sentence')}"
+        return said_of_last(trial.night)
     verdicts = trial.verdicts
     if len(verdicts) == 1:
         return str(verdicts[0][1])

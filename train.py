@@ -897,6 +897,11 @@ def compiled(function):
     return torch.compile(function, dynamic=False)
 
 
+def reason_of(error):
+    """The first line of what an exception says."""
+    return (str(error).strip() or "no reason given").splitlines()[0]
+
+
 def pick_compiler(device):
     """torch.compile, or no compilation where it does not work (no C++ compiler, no Triton, MPS)."""
     if device.type == "mps":
@@ -909,8 +914,7 @@ def pick_compiler(device):
     try:
         compiled(probe)(torch.ones(8, device=device))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        print(f"torch.compile does not work here, so everything is slower: {reason}")
+        print(f"torch.compile does not work here, so everything is slower: {reason_of(error)}")
         torch._dynamo.reset()
         return uncompiled
     return compiled
@@ -985,8 +989,7 @@ def pick_attention(names, shape, windows, device, dtype, compiler):
                 return name
             times[name] = time_attention(name, shape, windows, device, dtype, compiler)
         except Exception as error:  # no network, no build for this GPU, no Triton: each raises its own
-            reason = (str(error).strip() or "no reason given").splitlines()[0]
-            print(f"attention: {name} does not work here ({type(error).__name__}: {reason})", flush=True)
+            print(f"attention: {name} does not work here ({type(error).__name__}: {reason_of(error)})", flush=True)
     gc.collect()  # a compiled path's graph can be a cycle, which held a gigabyte
     print("attention: " + ", ".join(f"{name} {1000 * times[name]:.1f} ms" for name in times), flush=True)
     return min(times, key=times.get, default="sdpa")
@@ -1009,9 +1012,13 @@ def check_mlp(mlp, rows, width, hidden, device, dtype, compiler):
     few = (x[:128], up, down)
     plain = outcome(plain_mlp, [part.float() for part in few])
     check_agreement(outcome(compiler(mlp), few), plain, ("output", "dx", "dup", "ddown"))
-    ours, theirs = [
-        least_seconds(lambda form=compiler(form): outcome(form, (x, up, down)), device) for form in (mlp, plain_mlp)
-    ]
+
+    def seconds(form):
+        form = compiler(form)
+        return least_seconds(lambda: outcome(form, (x, up, down)), device)
+
+    ours = seconds(mlp)
+    theirs = seconds(plain_mlp)
     assert ours < theirs, f"{1000 * ours:.2f} ms where the plain form takes {1000 * theirs:.2f}"
 
 
@@ -1022,8 +1029,7 @@ def pick_kernel(make, check, plain):
         check(kernel)
         return kernel
     except Exception as error:  # no Triton, no compiler, a shape that does not fit, a GPU on which it is slower
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        print(f"{plain.__name__} is used: {make.__name__} does not work here ({reason})", flush=True)
+        print(f"{plain.__name__} is used: {make.__name__} does not work here ({reason_of(error)})", flush=True)
         return plain
 
 

@@ -200,6 +200,19 @@ def compare(arms, seeds, seconds):
 # -- parts of a step
 
 
+def build(module, k, rows, V, device, dtype, compiler):
+    """(model, optimizer, name of the attention path), picked as train.py picks them. rows: of a micro-batch."""
+    import prepare
+
+    T = prepare.MAX_SEQ_LEN
+    names = module.attention_names(device, dtype, compiler)
+    shape = (rows, T, k.width // k.head_dim, k.head_dim)
+    attention = module.pick_attention(names, shape, module.block_windows(k, T), device, dtype, compiler)
+    loss, mlp = module.pick_kernels(k, rows, T, V, device, dtype, compiler)
+    model = module.GPT(k, V, T, device, attention, dtype, loss, mlp)
+    return model, module.make_optimizer(model, compiler), attention
+
+
 def timed(function, device, repeats=20):
     """Median milliseconds."""
     import torch
@@ -269,20 +282,20 @@ def parts():
     for name, inner, outer in (("q, k, v or out", C, C), ("up", C, hidden), ("down", hidden, C), ("head", C, V)):
         show(f"GEMM {name} {inner} x {outer}", F.linear, draw((rows * T, inner), (outer, inner)), device)
     show("soft cap and cross-entropy", compiler(cross_entropy), draw((rows * T, V)), device)
-    forms = {"loss": (module.plain_loss, module.fused_loss), "MLP": (module.plain_mlp, module.fused_mlp)}
-    for name, (plain, make) in forms.items():
-        shapes = [(rows * T, C), (V, C)] if name == "loss" else [(rows * T, C), (hidden, C), (C, hidden)]
-        wrap = loss_by if name == "loss" else compiler
+    of_loss = [(rows * T, C), (V, C)]
+    of_mlp = [(rows * T, C), (hidden, C), (C, hidden)]
+    forms = [
+        ("loss", module.plain_loss, module.fused_loss, loss_by, of_loss),
+        ("MLP", module.plain_mlp, module.fused_mlp, compiler, of_mlp),
+    ]
+    for name, plain, make, wrap, shapes in forms:
         show(f"{name}, products and all", wrap(plain), draw(*shapes), device)
         try:
             show(f"{name}, by the kernel", wrap(make()), draw(*shapes), device)
         except Exception as error:  # no Triton
             print(f"{name} kernel: {type(error).__name__}")
     show("one embedding, gather and scatter", lambda weight: F.embedding(ids, weight), draw((V, C)), device)
-    attention = module.pick_attention(names, shape, windows, device, dtype, compiler)
-    loss, mlp = module.pick_kernels(k, rows, T, V, device, dtype, compiler)
-    model = module.GPT(k, V, T, device, attention, dtype, loss, mlp)
-    optimizer = module.make_optimizer(model, compiler)
+    model, optimizer, _ = build(module, k, rows, V, device, dtype, compiler)
     forward = compiler(model)
     show("forward and backward, whole model", lambda: forward(ids, ids), [], device)
     show("optimizer", optimizer.step, [], device)
@@ -310,18 +323,11 @@ def count_bytes():
     V = prepare.Tokenizer.from_directory().get_vocab_size()
     rows, _ = module.fitting_rows(k, V, T, device)
     compiler = module.pick_compiler(device)
-    shape = (rows, T, k.width // k.head_dim, k.head_dim)
-    windows = module.block_windows(k, T)
-    attention = module.pick_attention(
-        module.attention_names(device, dtype, compiler), shape, windows, device, dtype, compiler
-    )
-    loss, mlp = module.pick_kernels(k, rows, T, V, device, dtype, compiler)
-    model = module.GPT(k, V, T, device, attention, dtype, loss, mlp)
-    optimizer = module.make_optimizer(model, compiler)
+    model, optimizer, attention = build(module, k, rows, V, device, dtype, compiler)
     metrics.reset()
     module.rehearse_training(model, compiler(model), optimizer, rows)
     print(
-        f"{rows} rows of {T}, depth {k.depth}, width {k.width}, vocabulary {V}, {attention}, {loss.__name__}, {device}"
+        f"{rows} rows of {T}, depth {k.depth}, width {k.width}, vocabulary {V}, {attention}, {model.loss.__name__}, {device}"
     )
     print(f"{metrics.num_bytes_accessed / 1e9:.2f} GB a step in {metrics.generated_kernel_count} generated kernels")
     if device.type == "cuda":

@@ -258,7 +258,12 @@ def test_one_product_gives_query_key_and_value():
     model = redraw(small())
     attention = model.blocks[1].attention
     seen = []
-    attention.attend = lambda q, k, v, window: seen.extend([q, k, v]) or v
+
+    def attend(q, k, v, window):
+        seen.extend([q, k, v])
+        return v
+
+    attention.attend = attend
     x = torch.randn(2, 24, 32)
     attention(x, None, model.cos, model.sin)
     q, k, v = [layer(x).view(2, 24, 4, 8) for layer in (attention.query, attention.key, attention.value)]
