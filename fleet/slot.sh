@@ -8,29 +8,18 @@
 #
 # One run in a slot of a fleet, called in the night's folder:  fleet/slot.sh COMMIT SEED
 # by Slurm as `sbatch fleet/slot.sh COMMIT SEED`, by fleet/sky.yaml, or by hand after CUDA_VISIBLE_DEVICES=<n>.
-# The log is runs/COMMIT-SEED.log. What cannot be written there is left in the temporary folder and said.
+# The log is runs/COMMIT-SEED.log. What cannot be written there goes into the temporary folder and is said.
 commit=$1
 seed=$2
-night=${AUTORESEARCH_NIGHT:-$PWD}
+night=$PWD
 temporary=${TMPDIR:-/tmp}
-clone=
-run=
+export GIT_CONFIG_COUNT=2 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0='*'
+export GIT_CONFIG_KEY_1=core.hooksPath GIT_CONFIG_VALUE_1=/dev/null
 
 say() {
     echo "FAIL: harness: $1"
     exit 1
 }
-
-finish() { # the clone goes, unless it holds the only copy of a record
-    if [ -n "$clone" ] && [ ! -d "$clone/runs" ]; then rm -rf "$clone"; fi
-}
-
-end_run() { # Slurm signals all processes of a job, a shell only this one; train.py takes a second signal well
-    if [ -n "$run" ]; then kill -TERM "$run" 2> /dev/null; else exit 143; fi
-}
-
-trap finish EXIT
-trap end_run TERM INT
 
 store=$(git -C "$night" rev-parse --path-format=absolute --git-common-dir) || say "$night is in no git repository; call this in the night's folder"
 runs=$(dirname "$store")/runs
@@ -41,20 +30,21 @@ echo "slot: $(date -u +%FT%TZ) on $(hostname), job ${SLURM_JOB_ID:-by hand}, dev
 
 for left in "$temporary"/autoresearch-slot-*; do # clones of slots that were killed on this machine
     owner=${left##*-}
-    if [ -O "$left" ] && [ ! -d "$left/runs" ] && ! kill -0 "$owner" 2> /dev/null; then rm -rf "$left"; fi
+    if [ -O "$left" ] && ! kill -0 "$owner" 2> /dev/null; then rm -rf "$left"; fi
 done
 
 git -C "$night" rev-parse --verify --quiet "$commit^{commit}" > /dev/null || say "there is no commit $commit in $night; submit one that is there"
 python=${UV_PROJECT_ENVIRONMENT:-$(dirname "$store")/.venv}/bin/python
 [ -x "$python" ] || say "there is no $python on $(hostname); run there, in $(dirname "$store"): uv sync"
 clone=$temporary/autoresearch-slot-$commit-$$
+trap 'rm -rf "$clone"' EXIT
 git clone --quiet --shared --no-checkout "$store" "$clone" || say "no clone could be made in $temporary of $(hostname); free some room there"
 cd "$clone" || exit 1
 git checkout --quiet --detach "$commit" || say "the commit could not be checked out in $temporary of $(hostname); free some room there"
 
 # the shared environment's own interpreter: uv would forward a SIGTERM twice
-AUTORESEARCH_NIGHT=$night SEED=$seed PYTHONUNBUFFERED=1 "$python" train.py &
+AUTORESEARCH_RUNS=$runs SEED=$seed PYTHONUNBUFFERED=1 "$python" referee supervise train.py &
 run=$!
+trap 'kill -TERM "$run" 2> /dev/null' TERM INT # Slurm signals all processes of a job, a shell only this one
 wait "$run"
 while kill -0 "$run" 2> /dev/null; do wait "$run"; done # a signal ends a wait, not the run
-if [ -d runs ]; then echo "FAIL: harness: the record is in $clone/runs; copy it to $runs"; fi

@@ -17,9 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCRATCH = Path(tempfile.mkdtemp(prefix="autoresearch-tests-"))
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)  # registered early, so it runs last
-REAL_HOME = Path(os.path.expanduser("~"))
-for name in ("SEED", "TIME_BUDGET", "AUDIT", "AUTORESEARCH_DATASET", "HF_ENDPOINT", "HF_TOKEN"):
-    os.environ.pop(name, None)
+for name in list(os.environ):
+    if name in ("SEED", "TIME_BUDGET", "AUDIT", "HF_ENDPOINT", "HF_TOKEN") or name.startswith("AUTORESEARCH_"):
+        del os.environ[name]
 for name, folder in {
     "HOME": "home",
     "TMPDIR": "tmp",
@@ -40,9 +40,7 @@ os.environ.update(
     GIT_COMMITTER_EMAIL="t@example.org",
 )
 tempfile.tempdir = None
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as in a shell's background job: the tests' children would inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job: children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402  (after the environment is set, as are the imports of prepare in the tests)
@@ -51,26 +49,16 @@ import pytest  # noqa: E402  (after the environment is set, as are the imports o
 def pytest_collection_modifyitems(items):
     import torch
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def real_home_is_untouched():
-    watched = REAL_HOME / ".cache" / "autoresearch"
-    before = sorted((str(p), p.stat().st_mtime_ns) for p in watched.rglob("*")) if watched.exists() else None
-    yield
-    after = sorted((str(p), p.stat().st_mtime_ns) for p in watched.rglob("*")) if watched.exists() else None
-    assert before == after, "the tests touched the user's cache"
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
 
 
 def words(seed, count):
     """Text with some structure to learn: words of a small vocabulary, each likely followed by one of a few."""
     rng = random.Random(0)
     stock = ["".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 9))) for _ in range(300)]
-    follow = {w: rng.sample(stock, 4) for w in stock}
+    follow = {word: rng.sample(stock, 4) for word in stock}
     rng = random.Random(seed)
     word = stock[0]
     out = []
@@ -91,21 +79,8 @@ def text_folder(tmp_path_factory):
     return folder
 
 
-def spawn_prepare(*args, env=None, cwd=ROOT):
-    """prepare.py in a process of its own, which costs 3 s for the imports."""
-    return subprocess.run(
-        [sys.executable, "prepare.py", *map(str, args)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, **(env or {})},
-        timeout=120,
-    )
-
-
 def run_prepare(*args, env=None):
-    """The same within this process: argv, environment, output and exit status as a shell would have them."""
+    """prepare.py within this process: argv, environment, output and exit status as a shell would have them."""
     import prepare
 
     argv = sys.argv
@@ -156,33 +131,69 @@ def small(small_home, monkeypatch):
 
 
 def fresh_run(monkeypatch):
-    """A clock, a record and an opened dataset of this test's own."""
+    """A run and an opened dataset of this test's own; returns the Run."""
     import prepare
-    import referee
+    from referee import audit, run
 
-    clock = referee.Clock(referee.TIME_BUDGET)
-    monkeypatch.setattr(referee, "clock", clock)
-    monkeypatch.setattr(prepare, "clock", clock)
-    monkeypatch.setattr(referee, "this_run", referee.Run())
-    referee._watched.clear()  # files of another test, whose numbers may be given anew
-    prepare._dataset.cache_clear()
+    monkeypatch.setattr(run, "this_run", run.Run())
+    audit._watched.clear()  # files of another test, whose numbers may be given anew
+    prepare.dataset_in_use.cache_clear()
+    return run.this_run
+
+
+def doubts():
+    """What has been noted so far against the score of this test's run."""
+    from referee import run
+
+    return run.this_run.doubts
 
 
 def tree(folder):
     """Hash of every file below a folder, by name, locks left out."""
     return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(Path(folder).rglob("*"))
-        if p.is_file() and p.name != "lock"
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and path.name != "lock"
     }
 
 
 @pytest.fixture
 def project(tmp_path):
-    """A git repository with the three files, as a user has it."""
+    """A git repository with the files that a training needs, as a user has them."""
     folder = tmp_path / "project"
     folder.mkdir()
-    for name in ("prepare.py", "referee.py", "train.py", ".gitignore"):
+    for name in ("prepare.py", "train.py", ".gitignore"):
         shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "referee", folder / "referee", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run("git init -q && git add -A && git commit -qm start", shell=True, cwd=folder, check=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def begun(tmp_path_factory):
+    """{mode: a night whose baseline is kept}, to be copied."""
+    from stage import MODES, Stage
+
+    return {mode: Stage(tmp_path_factory.mktemp(mode), slots=mode == "slots").baseline() for mode in MODES}
+
+
+@pytest.fixture(params=("alone", "slots"))
+def night(request, begun, tmp_path):
+    """A night whose baseline is kept, alone and in slots."""
+    from stage import copied
+
+    return copied(begun[request.param], tmp_path)
+
+
+@pytest.fixture
+def alone(begun, tmp_path):
+    from stage import copied
+
+    return copied(begun["alone"], tmp_path)
+
+
+@pytest.fixture
+def slots(begun, tmp_path):
+    from stage import copied
+
+    return copied(begun["slots"], tmp_path)

@@ -1,31 +1,33 @@
 """A prepare.py without torch, copied into a project of a test: runs end at once, behind the real referee.
 
-A train.py there says what its run does:  prepare.pretend({42: 1.0, 43: 1.01}, "score", steps=10)
+A train.py there says what its run does:  prepare.pretend(1.0, "lost score")  is killed when it first runs, and scores then.
 """
 
 import os
 import random
+import signal
 import sys
+import tempfile
 import time
+from pathlib import Path
 
-import referee
+from referee import run
+from referee.base import RefereeError, hash_text
 
-__all__ = ["gains", "pretend"]
-
-
-class gains:
-    """Scores of a model to which ideas add up, by seed: 1 less each gain, with noise of sd 0.001 that belongs to the
-    seed and to the gains."""
-
-    def __init__(self, *values):
-        self.values = values
-
-    def __getitem__(self, seed):
-        return round(1.0 - sum(self.values) + random.Random(f"{seed} {self.values}").gauss(0.0, 0.001), 6)
+__all__ = ["pretend"]
+NOISE = 0.001  # sd of a score
 
 
-def fail(does):
-    """Raises what a real run raises."""
+def attempt(key):
+    """How often this commit was run with this seed before."""
+    path = Path(tempfile.gettempdir()) / f"attempts-{hash_text(key)[:16]}"
+    with open(path, "a") as file:
+        file.write("x")
+    return path.stat().st_size - 1
+
+
+def end(does):
+    """Ends as a real run does that has no score."""
     if does == "oom":
         raise MemoryError("CUDA out of memory. Tried to allocate")
     if does == "nan":
@@ -33,32 +35,45 @@ def fail(does):
     if does == "error":
         raise ValueError("no")
     if does == "harness":
-        raise referee.RefereeError("the model sees the future; correct train.py")
-    if does == "hang":
+        raise RefereeError("the model sees the future; correct train.py")
+    if does == "busy":
+        raise RefereeError("process 1 is using cpu; wait for it or end it, then run again", "busy")
+    if does == "timeout":
         time.sleep(60)
     if does == "exit":
         sys.exit(0)
+    if does == "lost":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if does == "preempted":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if does == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def pretend(scores, does="score", steps=10, seconds=0.0, memory=None, grace=2):
-    """scores: val_bpb by seed. steps: that the clock is told of. seconds: that the run really takes."""
+def pretend(mean, does="score", steps=10, seconds=0.0, memory=None, score=None):
+    """mean: of the score over seeds. does: what each attempt does, the last one from then on; besides the ends above and
+    `score`, `doubt` and `slowed`. seconds: that the run really takes. score: in the place of mean and noise."""
 
     def body():
-        print(f"cpu tier: a stand-in, seed {referee.SEED}; warming up\n" + "a lot of noise\n" * 200, flush=True)
+        state = run.this_run
+        print(f"cpu tier: a stand-in, seed {run.SEED}; warming up\n" + "a lot of noise\n" * 200, flush=True)
         time.sleep(seconds)
-        fail(does)
-        clock = referee.clock
+        deeds = does.split()
+        deed = deeds[min(attempt(f"{state.record.commit} {run.SEED}"), len(deeds) - 1)]
+        end(deed)
+        clock = state.clock
         clock.start(now=0.0)
         for step in range(1, steps + 1):
             clock.tick(now=step * clock.budget / steps)
         clock.stop(now=float(clock.budget))
-        referee.this_run.score = scores[referee.SEED]
-        if "PRETEND_DOUBT" in os.environ:
-            referee.doubt(os.environ["PRETEND_DOUBT"])
-        lines = {"val_bpb": f"{scores[referee.SEED]:.6f}", "peak_vram_mb": "n/a", "num_steps": f"{steps}"}
+        state.score = mean + random.Random(f"{run.SEED} {mean}").gauss(0.0, NOISE) if score is None else score
+        if deed == "doubt":
+            run.doubt("a doubt of this test")
+        if deed == "slowed":
+            clock.used_by_others = lambda: 0.5
         harness = os.environ.get("PRETEND_HARNESS", "01234567")
         device = os.environ.get("PRETEND_DEVICE", "cpu (a stand-in)")
-        lines |= {"seed": f"{referee.SEED}", "harness": harness}
-        referee.finish(lines, {"harness": harness, "device": device, "memory_mb": memory})
+        lines = {"val_bpb": f"{state.score:.6f}", "peak_vram_mb": "n/a", "num_steps": f"{steps}", "harness": harness}
+        run.finish(lines, {"harness": harness, "device": device}, {"memory_mb": memory})
 
-    referee.guard(body, lambda: os.environ.get("CUDA_VISIBLE_DEVICES", "cpu"), referee.TIME_BUDGET + grace)
+    run.guard(body, lambda: os.environ.get("CUDA_VISIBLE_DEVICES", "cpu"))

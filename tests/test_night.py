@@ -1,403 +1,488 @@
-"""program.md executed literally by tests/night.py, with a stand-in prepare.py whose runs end at once.
+"""Nights in commands, alone and in slots: whatever the state is, `next:` leads to the next idea and nothing is lost."""
 
-uv run pytest tests/test_night.py -m slow -s     # 100 ideas, killed at random moments; prints what came of it
-"""
-
-import json
+import datetime
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
 
-import night
 import pytest
-import stage
-from stage import ROOT, commit, git, next_step, records, referee, rows, seeds, version
+from stage import MODES, Stage, copied, next_of, train_text
+
+# -- the follower
+
+MENDED = train_text({0: -0.5}, note="mended")  # a loss: what is mended is dropped
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A git repository with program.md's world around it: `uv run` is this interpreter, all data are prepared."""
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    stage.write_uv(tools)
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    monkeypatch.setenv("TIME_BUDGET", "1")
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    folder = stage.make(tmp_path / "project")
-    git(folder, "branch", "-q", "origin-of-the-night")
-    return folder
+def mender(night):
+    """What an agent does with a line that is for it to read: it mends train.py and runs what stands behind `then`."""
+
+    def mend(line):
+        (night.folder / "train.py").write_text(MENDED)
+        return line.replace("<idea>", "mended").split("then ")[-1].split(";")[0]
+
+    return mend
 
 
-# baseline: mean 1.0007, sd 0.0007; gains under 0.00035 are dropped at once
-DOZEN = [
-    {"name": "clearly better", "versions": [version(seeds(0.99, 0.9907, 0.9893))]},
-    {"name": "worse", "versions": [version(seeds(1.2))]},
-    {"name": "lucky once", "versions": [version(seeds(0.9880, 0.9930))]},
-    {"name": "lucky twice", "versions": [version(seeds(0.9880, 0.9885, 0.9960))]},
-    {"name": "typo", "versions": [version() + "def (\n", version(seeds(0.97, 0.9705, 0.9695))]},
-    {"name": "too wide", "versions": [version(does="oom"), version(does="oom", note="halved")]},
-    {"name": "rate too high", "versions": [version(does="nan")]},
-    {"name": "hangs", "versions": [version(does="hang")]},
-    {"name": "looks ahead", "versions": [version(does="harness")]},
-    {"name": "raises", "versions": [version(does="error"), version(seeds(0.98))]},
-    {"name": "the same again", "versions": [version(seeds(1.2)) + "# a comment\n"]},
-    {"name": "simpler", "versions": [version(seeds(0.9702), note="less")], "word": "keep"},
-    {"name": "best", "versions": [version(seeds(0.95, 0.9503, 0.9497))]},
-]
-OUTCOME = {
-    "clearly better": ["discard", "discard", "keep"],
-    "worse": ["discard"],
-    "lucky once": ["discard", "discard"],
-    "lucky twice": ["discard", "discard", "discard"],
-    "typo": ["discard", "discard", "keep"],
-    "too wide": ["crash"],
-    "rate too high": ["crash"],
-    "hangs": ["crash"],
-    "looks ahead": ["crash"],
-    "raises": ["discard"],
-    "the same again": ["discard"],
-    "simpler": ["keep"],
-    "best": ["discard", "discard", "keep"],
+STATES = {  # what its attempts do; the last word on such an idea alone, and in slots
+    "never ran": ("score", "discard", "discard"),
+    "lost once": ("lost score", "discard", "discard"),
+    "lost for ever": ("lost", "crash", "crash"),
+    "preempted twice": ("preempted preempted score", "discard", "discard"),
+    "busy": ("busy busy busy busy score", "discard", "discard"),
+    "oom": ("oom", "discard", "crash"),
+    "nan": ("nan", "discard", "crash"),
+    "error": ("error", "discard", "crash"),
+    "harness": ("harness", "discard", "crash"),
+    "timeout": ("timeout", "crash", "crash"),
+    "crash outside Python": ("segfault", "discard", "crash"),
+    "no score": ("exit", "discard", "crash"),
+    "doubt": ("doubt", "discard", "discard"),
+    "slowed once": ("slowed score", "discard", "discard"),
+    "slowed for ever": ("slowed", "discard", "discard"),
 }
 
 
-def check_the_morning(folder, plan):
-    """Every run has its row, the branch holds exactly the kept commits, dropped ones are reachable, nothing else changed."""
-    logged = rows(folder)
-    last_word = {row[0]: row[3] for row in logged}
-    assert {idea["name"] for idea in plan} <= {row[4] for row in logged}
-    scored = {(run["commit"][:7], f"{run['score']:.6f}") for run in records(folder) if run["score"] is not None}
-    assert scored == {(row[0], row[1]) for row in logged if row[1] != "nan"}
-    assert len({(row[0], row[1]) for row in logged}) == len(logged), "a run has two rows"
-    assert all((row[1] == "nan") == (row[3] == "crash") for row in logged)
-    branch = git(folder, "log", "--format=%h", "--abbrev=7").split()
-    kept = [word for word in dict.fromkeys(row[0] for row in logged) if last_word[word] == "keep"]
-    assert branch == kept[::-1]
-    refs = git(folder, "for-each-ref", "--format=%(refname:lstrip=2)", "refs/autoresearch").split()
-    assert {ref for ref in refs if not ref.endswith("-edit")} == {c for c, word in last_word.items() if word != "keep"}
-    assert git(folder, "status", "--porcelain") == ""
-    assert git(folder, "diff", "--name-only", "origin-of-the-night", "HEAD") in ("train.py", "")
-    assert git(folder, "branch", "--show-current") == "autoresearch/nov21"
-    return logged, last_word
+@pytest.mark.parametrize("state", STATES)
+def test_every_state_of_an_idea_leads_to_the_next_one(night, state):
+    does, word_alone, word_in_slots = STATES[state]
+    start = night.head
+    night.idea("an idea", {0: -0.5}, does)
+    night.follow(mender(night))
+    assert night.head == start
+    assert night.git("status", "--porcelain") == ""
+    assert night.rows[-1][3] == (word_in_slots if night.slots else word_alone)
+    assert f"autoresearch/{night.rows[-1][0]}"[13:] in night.refs
 
 
-def check_the_dozen(folder):
-    logged, _ = check_the_morning(folder, DOZEN)
-    by_name = {name: [row[3] for row in logged if row[4] == name] for name in OUTCOME}
-    assert by_name == OUTCOME
-    assert [row[1] for row in logged if row[4] == "baseline"] == ["1.000000", "1.001400", "1.000700"]
+def test_the_row_of_a_score_that_does_not_count_says_so(slots):
+    slots.idea("an idea", {0: 0.5}, "doubt")
+    slots.follow()
+    assert "does not count: a doubt of this test" in slots.rows[-1][4]
 
 
-def test_a_night_of_a_dozen(project):
-    agent = night.Agent(project, DOZEN)
-    agent.work()
-    check_the_dozen(project)
-    assert 2 <= agent.shown <= 20
-    notes = (project / "ideas.md").read_text()
-    assert all(idea["name"] in notes for idea in DOZEN)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("state", STATES)
+def test_a_baseline_is_run_again_or_mended_and_never_taken_off(tmp_path, state, mode):
+    night = Stage(tmp_path, train_text(does=STATES[state][0]), slots=mode == "slots")
+    project = night.git("rev-parse", "HEAD")
+    lines = night.follow(mender(night))
+    assert night.git("merge-base", project, "HEAD") == project
+    assert night.git("status", "--porcelain") == ""
+    assert not [line for line in lines if "crash" in line.split("#")[0]]
+    assert [row[3] for row in night.rows] == ["keep"] * 3
 
 
-def test_the_same_night_interrupted_again_and_again(project):
-    """The agent forgets everything after every few commands and goes on from the files alone; a stray row is in the log."""
-    rng = random.Random(0)
-    interruptions = 0
-    while True:
-        try:
-            night.Agent(project, DOZEN, patience=rng.randint(3, 15)).work()
-            break
-        except night.Interrupted:
-            interruptions += 1
-        if interruptions == 9:
-            with open(project / "results.tsv", "a") as log:
-                log.write("this is no row\n")
-    check_the_dozen(project)
-    assert interruptions >= 9
-    assert "this is no row" in (project / "results.tsv").read_text()
+GROUNDS = [{"PRETEND_DEVICE": "another"}, {"PRETEND_HARNESS": "89abcdef"}]
 
 
-def baseline(folder):
-    """Three logged runs of the first commit."""
-    git(folder, "checkout", "-q", "-b", "autoresearch/nov21")
-    for _ in range(3):
-        referee(folder, "run")
-        referee(folder, "log")
+@pytest.mark.parametrize("ground", GROUNDS, ids=["device", "harness"])
+def test_on_new_ground_the_base_runs_again_before_the_next_idea(night, ground):
+    night.more = ground
+    idea = night.idea("clearly better", {0: 0.1})
+    night.follow()
+    on_ground = [run for run in night.records if (run["device"], run["harness"]) != ("cpu (a stand-in)", "01234567")]
+    base = night.git("rev-list", "HEAD").splitlines()[-1]
+    seeds = [run["seed"] for run in on_ground if run["commit"] == base]
+    assert len(set(seeds)) == len(seeds) >= 2
+    assert night.words(idea) == (["keep"] if night.slots else ["discard"])  # alone it was put aside
 
 
-def killed_at(folder, words, word):
-    """A command of the referee that dies by SIGKILL just before its n-th call of a function: `word` is name:n."""
-    name, _, count = word.partition(":")
-    code = f"""
-import os, sys
-sys.argv = ["referee.py", *{words!r}]
+def test_a_log_of_another_branch_is_named(night):
+    night.idea("better", {0: 0.1})
+    night.follow()
+    night.git("checkout", "-q", "-b", "autoresearch/elsewhere", "main")
+    night.commit("an idea of another night", {1: 0.1}, note="elsewhere")
+    night.git("branch", "-q", "-D", "autoresearch/nov21")
+    log = (night.folder / "results.tsv").read_text().splitlines()
+    (night.folder / "results.tsv").write_text("\n".join(log[:1] + log[4:]) + "\n")
+    night.slots = False
+    shutil.rmtree(night.folder / "runs")
+    night.referee("run")
+    assert "for a new night move results.tsv away" in night.next
+
+
+# -- killed at any moment
+
+KILLED = """
+import os, subprocess, sys
+left = int(sys.argv[1])
+
+def deadly(function):
+    def before(*args, **words):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), 9)
+        return function(*args, **words)
+    return before
+
+os.replace, os.fork, subprocess.run = deadly(os.replace), deadly(os.fork), deadly(subprocess.run)
 sys.path.insert(0, ".")
-import referee
-left = {int(count or 1)}
-sound = getattr(referee, {name!r})
-def deadly(*a, **k):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), 9)
-    return sound(*a, **k)
-setattr(referee, {name!r}, deadly)
-referee.main(sys.argv[1:])
+from referee.commands import main
+status = main(sys.argv[2:])
+sys.exit(7 if left > 0 else status)
 """
-    subprocess.run([sys.executable, "-Bc", code], cwd=folder, env=stage.environment(), capture_output=True)
 
 
-@pytest.mark.parametrize("moment", ["append_row", "go_back", "must_git:1", "must_git:2", "must_git:3", "finish_log"])
-def test_log_killed_at_any_step_is_finished_by_what_next_says(project, moment):
-    baseline(project)
-    start = git(project, "rev-parse", "HEAD")
-    worse = commit(project, version(seeds(1.2)), "worse")
-    referee(project, "run")
-    (project / "notes.txt").write_text("untracked")
-    killed_at(project, ["log"], moment)
-    while git(project, "rev-parse", "HEAD") != start:
-        step = next_step(referee(project, "status")[1])
-        assert step.startswith("uv run referee.py log")
-        referee(project, "log")
-    assert [row[3] for row in rows(project) if row[0] == worse] == ["discard"]
-    assert git(project, "rev-parse", "--short=7", f"refs/autoresearch/{worse}") == worse
-    assert git(project, "status", "--porcelain").split() == ["??", "notes.txt"]
-    assert next_step(referee(project, "status")[1]).startswith("the next idea")
+def killed_before(night, count, words):
+    """A command that dies before its count-th effect (a git process, a file renamed, a fork); whether it did."""
+    night.shell("true")
+    command = [sys.executable, "-B", "-c", KILLED, str(count), *words]
+    done = subprocess.run(command, cwd=night.folder, env={**night.environment, **night.more}, capture_output=True)
+    return done.returncode != 7
 
 
-@pytest.mark.parametrize(
-    "moment", ["start", "hash_edits", "birth", "write_atomic", "said_of", "command_wait", "show_end"]
-)
-def test_run_killed_at_any_step_loses_nothing(project, moment):
-    killed_at(project, ["run"], moment)
-    for _ in range(4):
-        step = next_step(referee(project, "status")[1])
-        if step == "uv run referee.py log":
+def finish_killed(night):
+    """What `next:` leads to after a kill, git's own lock aside."""
+    lock = night.folder / ".git/index.lock"
+    lock.unlink(missing_ok=True)
+    time.sleep(0.05)
+    night.work()
+    return night.follow(mender(night))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("gain, word", [(0.1, "keep"), (-0.1, "discard")])
+@pytest.mark.parametrize("mode", MODES)
+def test_log_killed_before_any_of_its_effects_is_finished_by_next(begun, tmp_path, mode, gain, word):
+    base = copied(begun[mode], tmp_path / "base")
+    commit = base.idea("an idea", {0: gain})
+    (base.folder / "notes.txt").write_text("untracked")
+    for count in range(1, 30):
+        night = copied(base, tmp_path / f"{count}")
+        killed = killed_before(night, count, ["log"])
+        finish_killed(night)
+        assert night.words(commit) == [word], count
+        assert (night.head == commit) == (word == "keep"), count
+        assert (commit in night.refs) == (word == "discard"), count
+        assert night.git("status", "--porcelain").split() == ["??", "notes.txt"], count
+        if not killed:
             break
-        referee(project, *step.split()[3:])
-    assert step == "uv run referee.py log"
-    assert [run["score"] for run in records(project)] == [1.0]
+    assert count >= 4
 
 
-def test_a_run_that_is_killed_is_run_again_and_is_no_crash(project):
-    (project / "train.py").write_text(version(seeds(1.0), seconds=30))
-    git(project, "commit", "-qam", "slow")
-    status, out = referee(project, "run", "--wait", "1")
-    assert status == 0
-    assert next_step(out) == "uv run referee.py wait"
-    pid = json.loads((project / "run.json").read_text())["pid"]
-    assert next_step(referee(project, "status")[1]) == "uv run referee.py wait"
-    assert "a run is going on" in referee(project, "run")[1]
-    assert "a run is going on" in referee(project, "log")[1]
-    os.kill(pid, signal.SIGKILL)
-    out = referee(project, "wait")[1]
-    assert next_step(out) == "uv run referee.py run --seed 42"
-    assert "says nothing of the idea" in referee(project, "log")[1]
-    assert rows(project) == []
-
-
-def test_nothing_runs_that_run_json_does_not_name(project):
-    killed_at(project, ["run"], "write_atomic")
-    time.sleep(1)
-    assert not (project / "run.json").exists()
-    assert records(project) == []
-
-
-def test_a_run_outlives_the_agent_and_its_process_group(project):
-    commit(project, version(seeds(1.0), seconds=2), "slow")
-    command = [sys.executable, "referee.py", "run"]
-    agent = subprocess.Popen(command, cwd=project, start_new_session=True, stdout=subprocess.DEVNULL)
-    while not (project / "run.json").exists():
-        time.sleep(0.05)
-    time.sleep(0.5)
-    os.killpg(agent.pid, signal.SIGKILL)
-    agent.wait()
-    assert "val_bpb:          1.000000" in referee(project, "wait")[1]
-
-
-def test_a_rerun_that_is_killed_is_run_again(project):
-    baseline(project)
-    commit(project, version(seeds(0.9)), "promising")
-    referee(project, "run")
-    assert next_step(referee(project, "log")[1]) == "uv run referee.py run --seed 43"
-    text = (project / "prepare.py").read_text()
-    (project / "prepare.py").write_text(text.replace("time.sleep(seconds)", "time.sleep(30)"))
-    referee(project, "run", "--wait", "0")
-    os.kill(json.loads((project / "run.json").read_text())["pid"], signal.SIGKILL)
-    (project / "prepare.py").write_text(text)
-    assert next_step(referee(project, "status")[1]) == "uv run referee.py run --seed 43"
-    assert git(project, "log", "-1", "--format=%s") == "promising"
-
-
-def test_after_a_change_of_the_ruler_the_kept_commit_runs_again_before_the_next_idea(project, monkeypatch):
-    baseline(project)
-    monkeypatch.setenv("PRETEND_HARNESS", "89abcdef")
-    commit(project, version(seeds(0.99, 0.9907, 0.9893)), "clearly better")
-    step = next_step(referee(project, "run")[1])
-    assert step.startswith("uv run referee.py log discard, then uv run referee.py run for the kept commit")
-    step = next_step(referee(project, "log", "discard")[1])
-    assert step.startswith("uv run referee.py run --seed 42, since no run of this kept commit compares")
-    for _ in range(6):
-        if step.startswith("uv run"):
-            step = next_step(referee(project, *step.split(",")[0].split()[3:])[1])
-    assert step.startswith("the next idea")
-    head = git(project, "rev-parse", "HEAD")
-    again = [run["seed"] for run in records(project) if run["commit"] == head and run["harness"] == "89abcdef"]
-    assert again == [42, 43, 44]
-
-
-def test_a_mend_that_was_interrupted_goes_on(project):
-    baseline(project)
-    commit(project, version(does="error"), "raises")
-    assert next_step(referee(project, "run")[1]).startswith("mend train.py, then git commit -qa --amend --no-edit")
-    (project / "train.py").write_text(version(seeds(0.98)))
-    assert next_step(referee(project, "status")[1]).startswith("finish the mend of train.py")
-    git(project, "commit", "-qa", "--amend", "--no-edit")
-    assert next_step(referee(project, "status")[1]) == "uv run referee.py run"
-    assert "rerun" in referee(project, "run")[1]
-
-
-def test_two_mends_and_no_more(project):
-    baseline(project)
-    commit(project, version(does="error"), "raises")
-    for note in ("a", "b"):
-        assert next_step(referee(project, "run")[1]).startswith("mend")
-        (project / "train.py").write_text(version(does="error", note=note))
-        git(project, "commit", "-qa", "--amend", "--no-edit")
-    assert next_step(referee(project, "run")[1]) == "uv run referee.py log crash"
-
-
-def test_a_lock_that_a_killed_git_left_is_removed_and_a_fresh_one_is_not(project):
-    baseline(project)
-    commit(project, version(seeds(1.2)), "worse")
-    referee(project, "run")
-    lock = project / ".git/index.lock"
-    lock.write_text("")
-    assert "run this again in 10 s" in referee(project, "log")[1]
-    assert lock.exists()
-    assert next_step(referee(project, "status")[1]).startswith("git is at work or was killed a moment ago: wait 10 s")
-    os.utime(lock, (time.time() - 60, time.time() - 60))
-    assert f"removed {lock}" in referee(project, "status")[1]
-    assert next_step(referee(project, "log")[1]).startswith("the next idea")
-
-
-def test_an_edit_under_a_stale_lock_can_be_taken_back(project):
-    baseline(project)
-    (project / "train.py").write_text(version(seeds(1.2)))
-    lock = project / ".git/index.lock"
-    lock.write_text("")
-    os.utime(lock, (time.time() - 60, time.time() - 60))
-    assert "git restore train.py" in next_step(referee(project, "status")[1])
-    git(project, "restore", "train.py")
-
-
-def test_an_edit_in_progress_is_kept_when_the_commit_under_it_is_dropped(project):
-    baseline(project)
-    worse = commit(project, version(seeds(1.2)), "worse")
-    referee(project, "run")
-    edit = version(seeds(0.5), note="begun too early")
-    (project / "train.py").write_text(edit)
-    out = referee(project, "log")[1]
-    assert f"refs/autoresearch/{worse}-edit" in out
-    assert git(project, "show", f"refs/autoresearch/{worse}-edit:train.py") == edit.strip()
-    assert git(project, "status", "--porcelain") == ""
-
-
-def test_what_a_human_changed_elsewhere_stays(project):
-    baseline(project)
-    (project / ".gitignore").write_text((project / ".gitignore").read_text() + "more\n")
-    commit(project, version(seeds(1.2)), "worse, and a human's edit swept in")
-    referee(project, "run")
-    referee(project, "log")
-    assert (project / ".gitignore").read_text().endswith("more\n")
-
-
-def test_a_repeated_log_changes_nothing(project):
-    baseline(project)
-    commit(project, version(seeds(1.2)), "worse")
-    referee(project, "run")
-    referee(project, "log", "discard")
-    before = (project / "results.tsv").read_text(), git(project, "rev-parse", "HEAD")
-    for word in ([], ["discard"], ["crash"], []):
-        referee(project, "log", *word)
-    assert before == ((project / "results.tsv").read_text(), git(project, "rev-parse", "HEAD"))
-
-
-def test_a_keep_may_be_dropped_on_second_thoughts(project):
-    baseline(project)
-    better = commit(project, version(seeds(0.9, 0.9, 0.9001)), "better, with three times the memory")
-    for _ in range(3):
-        referee(project, "run")
-        referee(project, "log")
-    assert rows(project)[-1][3] == "keep"
-    assert "went back" in referee(project, "log", "discard")[1]
-    assert [row[3] for row in rows(project) if row[0] == better][-1] == "discard"
-
-
-def hundred(rng):
-    plan, best = [], 1.0007
-    for n in range(100):
-        kind = rng.choices(["worse", "better", "close", "crash", "mended"], [40, 12, 25, 12, 11])[0]
-        shift = {"worse": rng.uniform(0.002, 0.05), "better": -0.006, "mended": 0.01}.get(kind, rng.uniform(-0.001, 0))
-        scores = [round(best + shift + rng.gauss(0, 0.0007), 6) for _ in range(3)]
-        good = version(seeds(*scores), note=f"{n}")
-        bad = rng.choice([version(does=does, note=f"{n}") for does in ("oom", "nan", "error")] + [f"def ( # {n}\n"])
-        versions = {"crash": [bad], "mended": [bad, good]}.get(kind, [good])
-        plan.append({"name": f"idea {n:03d}", "versions": versions})
-        if kind == "better":
-            best -= 0.006
-    return plan
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(2400)
-def test_a_hundred_ideas_killed_at_random_moments(project, tmp_path):
-    """kill -9 to the agent, its shell and often the run as well, every second or so; then a new agent reads the files."""
-    plan = hundred(random.Random(4))
-    rng = random.Random(5)
-    kills = most = 0
-    with_the_run = 0
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
-    began = time.monotonic()
-    while True:
-        with open(tmp_path / "agent.log", "w") as out:
-            command = [sys.executable, ROOT / "tests/night.py", project, tmp_path / "plan.json"]
-            agent = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            patience = rng.uniform(0.2, 1.8) if kills < 90 else 600
-            status = agent.wait(timeout=patience)
-            assert status == 0, (tmp_path / "agent.log").read_text()
-            most = max(most, int((tmp_path / "agent.log").read_text().split()[0]))
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_start_killed_before_any_of_its_effects_is_finished_by_next(begun, tmp_path, mode):
+    base = copied(begun[mode], tmp_path / "base")
+    commit = base.commit("an idea", {0: -0.1})
+    for count in range(1, 30):
+        night = copied(base, tmp_path / f"{count}")
+        killed = killed_before(night, count, ["submit" if mode == "slots" else "run"])
+        finish_killed(night)
+        assert night.words(commit) == ["discard"], count
+        assert len(night.rows) == 4, count
+        if not killed:
             break
-        except subprocess.TimeoutExpired:
-            kills += 1
-            if rng.random() < 0.6:
-                with_the_run += 1
-                kill_the_run(project)
-            os.killpg(agent.pid, signal.SIGKILL)
-            agent.wait()
-    logged, last_word = check_the_morning(project, plan)
-    words = [*last_word.values()]
-    counts = ", ".join(f"{words.count(word)} {word}" for word in ("keep", "discard", "crash"))
-    print(
-        f"\n{len(plan)} ideas, {len(logged)} rows, {len(records(project))} records, {kills} kills ({with_the_run} of them "
-        f"with the run), {time.monotonic() - began:.0f} s: {counts}; at most {most} lines shown at once"
+    assert count >= 4
+
+
+# -- alone
+
+
+def test_a_run_outlives_the_agent_and_its_process_group(alone):
+    alone.commit("slow", {0: -0.1}, seconds=2)
+    agent = subprocess.Popen(
+        [sys.executable, "-B", "referee", "run"], cwd=alone.folder, env=alone.environment, start_new_session=True
     )
-    assert kills >= 90
-    assert words.count("keep") >= 5
+    time.sleep(1)
+    os.killpg(agent.pid, 9)
+    agent.wait()
+    assert alone.next == "uv run referee wait"
+    assert "a run is going on" in alone.referee("run")
+    assert "a run is going on" in alone.referee("log")
+    assert "verdict:          discard" in alone.referee("wait")
 
 
-def kill_the_run(folder):
-    try:
-        os.kill(json.loads((folder / "run.json").read_text())["pid"], signal.SIGKILL)
-    except (OSError, ValueError):
-        pass
+def test_a_run_that_is_killed_has_a_record_and_is_run_again(alone):
+    alone.commit("slow", {0: -0.1}, "score", seconds=30)
+    assert next_of(alone.referee("run --wait 0")) == "uv run referee wait"
+    os.kill(alone.records[-1]["pid"], 9)
+    time.sleep(0.2)
+    assert alone.records[-1]["fail"]["kind"] == "lost"
+    assert alone.next.startswith("uv run referee run --seed 42  #")
+    assert len(alone.rows) == 3
 
 
-def test_tools_exist():
-    """What program.md's commands use besides git and uv is on every machine."""
-    for tool in ("grep", "tail", "printf", "sh", "ps"):
-        assert shutil.which(tool), tool
+def test_a_repeated_log_changes_nothing(night):
+    night.idea("worse", {0: -0.1})
+    night.referee("log")
+    before = night.rows, night.git("rev-parse", "HEAD"), night.refs
+    for words in ("log", "log discard", "log crash", "log"):
+        night.referee(words)
+    assert before == (night.rows, night.git("rev-parse", "HEAD"), night.refs)
+
+
+def test_a_keep_is_dropped_on_second_thoughts_by_its_name_only(alone):
+    start = alone.head
+    better = alone.idea("better, with three times the memory", {0: 0.1})
+    alone.referee("log")
+    assert f"uv run referee log {better} discard" in alone.referee("log discard")
+    assert alone.head == better
+    alone.referee(f"log {better} discard")
+    assert alone.head == start
+    assert alone.words(better) == ["keep", "discard"]
+
+
+def test_a_word_of_the_agents_own(alone):
+    worse = alone.idea("worse, but simpler", {0: -0.1})
+    alone.referee("log keep --note 'two\twords'")
+    assert alone.head == worse
+    assert alone.rows[-1][3:] == ["keep", "worse, but simpler (two words)"]
+
+
+def test_an_edit_in_progress_is_kept_when_the_commit_under_it_is_dropped(alone):
+    worse = alone.idea("worse", {0: -0.1})
+    edit = train_text(note="begun too early")
+    (alone.folder / "train.py").write_text(edit)
+    alone.referee("log")
+    assert alone.git("show", f"refs/autoresearch/{worse}-edit:train.py") == edit.strip()
+    assert alone.git("status", "--porcelain") == ""
+
+
+def test_commits_of_one_idea_are_dropped_together(night):
+    start = night.head
+    night.commit("first half", {0: -0.1})
+    night.idea("second half", {0: -0.1, 1: -0.1})
+    night.follow()
+    assert night.head == start
+    assert [row[3] for row in night.rows[3:]] == ["discard"]
+
+
+def test_other_files_in_an_idea_are_refused_and_the_command_takes_them_out(night):
+    (night.folder / ".gitignore").write_text("a human's edit\n")
+    night.commit("an idea, and a human's edit swept in", {0: 0.1})
+    out = night.referee("submit" if night.slots else "run")
+    night.shell(out.split("take that out: ")[1])
+    assert (night.folder / ".gitignore").read_text() == "a human's edit\n"
+    assert night.git("diff", "--name-only", "HEAD~1", "HEAD") == "train.py"
+
+
+def test_what_lint_finds_is_not_run(night):
+    commit = night.commit("sly", {0: 0.1}, note="sly")
+    text = (night.folder / "train.py").read_text()
+    (night.folder / "train.py").write_text(text.replace("import prepare\n", "import prepare\nimport threading\n"))
+    night.git("commit", "-qa", "--amend", "--no-edit")
+    out = night.referee("submit" if night.slots else "run")
+    assert "train.py line 2" in out
+    assert commit not in str(night.records)
+
+
+def test_a_lock_that_a_killed_git_left_is_removed_and_a_fresh_one_is_not(night):
+    lock = night.folder / ".git/index.lock"
+    lock.write_text("")
+    assert night.next.startswith("uv run referee status  #")
+    assert lock.exists()
+    os.utime(lock, (time.time() - 60, time.time() - 60))
+    assert "the next idea" in night.next
+    assert not lock.exists()
+
+
+def test_a_control_after_sixteen_experiments(alone):
+    last = datetime.datetime.fromisoformat(alone.records[-1]["time"])
+    for number in range(16):
+        later = (last + datetime.timedelta(milliseconds=number + 1)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        alone.forge(0, commit=f"{number:040x}", code=f"{number}", pid=1000 + number, time=later)
+    assert alone.next.startswith("uv run referee run --seed 45  # a control")
+    alone.follow()
+    assert alone.records[-1]["seed"] == 45
+    assert alone.rows[-1][3:] == ["keep", "baseline"]
+
+
+def test_one_run_decides_and_says_how_sure_it_is(alone):
+    better = alone.idea("better", {0: 0.01})
+    assert "sd, keep above 0.5" in alone.out
+    assert "lines:            +1 -1" in alone.out
+    assert "(its base 10)" in alone.out
+    alone.referee("log")
+    assert alone.head == better
+    assert alone.words(better) == ["keep"]
+
+
+def test_the_simpler_file_may_win_and_next_says_so(alone):
+    middle = sum(run["score"] for run in alone.records) / 3 + 1e-6
+    text = train_text(score=middle).replace("IDEA_9 = 0.0\n", "").replace(" - IDEA_9", "")
+    (alone.folder / "train.py").write_text(text)
+    alone.git("commit", "-qam", "one line less")
+    alone.referee("run")
+    assert "takes out 1 lines" in alone.next
+    assert "log keep" in alone.next
+
+
+# -- when it ends
+
+
+@pytest.mark.parametrize("words", ["--hours 0", "--runs 1", "--target 1.5"])
+def test_until(alone, words):
+    alone.referee(f"until {words}")
+    alone.idea("worse", {0: -0.1})
+    alone.referee("log")
+    assert "write the report" in alone.next
+    assert "the next idea" in next_of(alone.referee("until"))
+
+
+def test_status_for_programs(night):
+    import json
+
+    facts = json.loads(night.referee("status --json"))
+    assert len(facts["rows"]) == 3
+    assert "the next idea" in facts["next"]
+
+
+# -- damage
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "header"])
+def test_a_log_that_is_lost_is_written_again_from_the_records(alone, damage):
+    alone.idea("better", {0: 0.1})
+    alone.referee("log")
+    alone.idea("worse", {1: -0.1})
+    alone.referee("log")
+    words = [row[:2] + row[3:4] for row in alone.rows]
+    log = alone.folder / "results.tsv"
+    header = log.read_text().splitlines()[0]
+    log.write_text({"gone": "", "empty": "", "header": header + "\n"}[damage])
+    if damage == "gone":
+        log.unlink()
+    assert alone.next.startswith("uv run referee log --restore  #")
+    alone.follow()
+    assert [row[:2] + row[3:4] for row in alone.rows] == words
+
+
+def test_line_ends_and_missing_descriptions_are_read(alone):
+    log = alone.folder / "results.tsv"
+    rows = ["\t".join(row[:4]) for row in alone.rows]
+    log.write_text("\r".join(["commit\tval_bpb\tmemory_gb\tstatus\tdescription", *rows]) + "\r")
+    assert "the next idea" in alone.next
+
+
+@pytest.mark.parametrize("score", [1e308, 10**400, "1", None, True])
+def test_a_damaged_record_spoils_nothing(alone, score):
+    alone.forge(score=score, pid=9)
+    out = alone.referee("status")
+    assert "1 damaged files" in out
+    assert "the next idea" in out
+
+
+def test_records_of_the_version_before_are_named_and_the_base_runs_again(alone):
+    for path in (alone.folder / "runs").glob("*.json"):
+        path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    assert "3 files of an earlier version" in alone.referee("status")
+    alone.follow()
+    assert len(alone.records) == 6
+
+
+def test_a_results_tsv_that_is_no_file_is_one_sentence(alone):
+    (alone.folder / "results.tsv").unlink()
+    (alone.folder / "results.tsv").mkdir()
+    status, out = alone.shell("uv run referee status")
+    assert status == 1
+    assert out.startswith("error: ")
+
+
+def test_an_empty_file_in_the_place_of_runs_counts_as_absent(tmp_path):
+    night = Stage(tmp_path)
+    shutil.rmtree(night.folder / "runs")
+    (night.folder / "runs").write_text("")
+    assert "verdict:          baseline" in night.referee("run")
+
+
+def test_records_that_cannot_be_written_are_seen_before_the_training(tmp_path):
+    night = Stage(tmp_path)
+    shutil.rmtree(night.folder / "runs")
+    (night.folder / "runs").write_text("in the way")
+    status, out = night.shell("uv run referee run")
+    assert status == 1
+    assert "could not be recorded" in out
+
+
+# -- other people's settings
+
+HOSTILE = """
+[user]
+    name = t
+    email = t@example.org
+    signingkey = nobody
+[commit]
+    gpgsign = true
+[log]
+    showSignature = true
+    mailmap = true
+    decorate = full
+[color]
+    ui = always
+[core]
+    autocrlf = true
+    hooksPath = {hooks}
+    abbrev = 12
+[diff]
+    external = false
+    noprefix = true
+    relative = true
+    renames = copies
+[status]
+    short = true
+    branch = true
+[merge]
+    ff = false
+    verifySignatures = true
+[format]
+    pretty = oneline
+[core]
+    pager = false
+[i18n]
+    logOutputEncoding = utf-16
+"""
+
+
+def test_a_hostile_git_configuration_changes_nothing(begun, tmp_path):
+    for mode in MODES:
+        night = copied(begun[mode], tmp_path / mode)
+        hooks = tmp_path / mode / "hooks"
+        hooks.mkdir()
+        for hook in ("pre-commit", "reference-transaction", "post-checkout", "pre-merge-commit"):
+            (hooks / hook).write_text("#!/bin/sh\nexit 1\n")
+            (hooks / hook).chmod(0o755)
+        config = tmp_path / mode / "config"
+        config.write_text(HOSTILE.format(hooks=hooks))
+        better = night.commit("better", {0: 0.1})
+        night.commit("and more", {0: 0.1, 1: 0.1})
+        night.more = {"GIT_CONFIG_GLOBAL": str(config), "GIT_EXTERNAL_DIFF": "false", "GIT_PAGER": "false"}
+        assert "Traceback" not in night.referee("status")
+        night.follow()
+        assert night.branch[-1] == "start"
+        assert night.rows[-1][3] == "keep"
+        assert better
+        night.more = {}
+        worse = night.commit("worse", {2: -0.1}, note="worse")
+        night.more = {"GIT_CONFIG_GLOBAL": str(config)}
+        night.follow()
+        assert night.words(worse) == ["discard"]
+
+
+@pytest.mark.parametrize("flag", ["-OO", "-X utf8=0"])
+def test_status_prints_whatever_the_terminal_can_show(alone, flag):
+    alone.idea("worse \u2603", {0: -0.1})
+    alone.referee("log")
+    line = f"{sys.executable} {flag} -B referee status"
+    status, out = alone.shell(line, PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert status == 0
+    assert "Traceback" not in out
+
+
+def test_the_end_of_a_pipe_is_no_error(alone):
+    status, out = alone.shell("set -o pipefail; uv run referee status | head -n 1")
+    assert "Error" not in out
+    assert len(out.splitlines()) == 1
+
+
+@pytest.mark.timeout(60)
+def test_commands_are_short_and_quick(night):
+    for number in range(300):
+        night.forge(0, pid=1000 + number, time=f"2001-01-01T00:{number // 60:02}:{number % 60:02}Z")
+    began = time.monotonic()
+    out = night.referee("status")
+    assert len(out.splitlines()) <= 20
+    assert time.monotonic() - began < 5  # 0.15 s where nothing else runs

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from stage import ROOT, write_program
 
-import referee
+from referee import engines
 
 SKY = shutil.which("sky")
 
@@ -35,14 +35,14 @@ def test_the_queue_of_skypilot_begins_with_a_line_of_words():
     queue = (
         f'Fetching job queue for: night\n{{"night": [{{"job_name": "{commit}-43", "status": "JobStatus.PENDING"}}]}}\n'
     )
-    assert referee.sky_lines(queue) == [f"PENDING slot.sh {commit} 43"]
-    assert referee.sky_lines('Fetching job queue for: night\n{\n  "night": []\n}\n') == []
+    assert engines.sky_lines(queue) == [f"PENDING slot.sh {commit} 43"]
+    assert engines.sky_lines('Fetching job queue for: night\n{\n  "night": []\n}\n') == []
     with pytest.raises(ValueError):
-        referee.sky_lines("no such cluster\n")
+        engines.sky_lines("no such cluster\n")
 
 
 @pytest.mark.skipif(shutil.which("rsync") is None, reason="no rsync here")
-def test_records_come_back_and_none_is_overwritten(tmp_path, monkeypatch):
+def test_records_come_back_where_they_are_newer(tmp_path, monkeypatch):
     far = tmp_path / "far/sky_workdir/runs"
     here = tmp_path / "here/runs"
     far.mkdir(parents=True)
@@ -52,15 +52,17 @@ def test_records_come_back_and_none_is_overwritten(tmp_path, monkeypatch):
     (far.parent / "train.py").write_text("far")
     (here / "a.json").write_text("here")
     (here / "x.log").write_text("a line")
+    os.utime(far / "a.json", (1, 1))  # older than what is here
+    os.utime(here / "x.log", (1, 1))
     write_program(tmp_path / "ssh", f'cd {tmp_path}/far && shift && exec "$@"\n')
     monkeypatch.setenv("RSYNC_RSH", str(tmp_path / "ssh"))
     monkeypatch.setenv("AUTORESEARCH_CLUSTER", "night")
-    assert referee.bring_back(here) == ""
+    assert engines.bring_back(here) == ""
     found = {str(path.relative_to(here.parent)): path.read_text() for path in here.parent.rglob("*") if path.is_file()}
     assert found == {"runs/a.json": "here", "runs/b.json": "far", "runs/x.log": "two lines"}
     shutil.rmtree(far)
-    assert referee.bring_back(here) == ""  # nothing has run there yet
+    assert engines.bring_back(here) == ""  # nothing has run there yet
     shutil.rmtree(far.parent)
-    assert referee.bring_back(here).startswith("records stay on night:sky_workdir/runs, rsync says: ")
+    assert engines.bring_back(here).startswith("records stay on night:sky_workdir/runs, rsync says: ")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "rsync" in referee.bring_back(here)
+    assert "rsync" in engines.bring_back(here)
