@@ -1,36 +1,38 @@
-"""The reference recipe, as knobs: the public baseline that the shipped recipe is measured against; and small models."""
+"""Small models for the tests of train.py, and an edited copy of it."""
 
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import torch
+from conftest import ROOT
 
 import train
 
 CPU = torch.device("cpu")
-REFERENCE = dict(
-    window_pattern="SSSL",
-    short_window=1 / 2,
-    rope_base=10_000.0,
-    qk_scale=1.0,
-    matrix_scale=1.0,
-    x0_init=0.1,
-    batch_tokens=2**19,
-    micro_tokens=2**18,
-    embedding_lr=0.6,
-    value_embedding_lr=0.6,
-    head_lr=0.004,
-    muon_momentum_steps=300,
-    embedding_decay=0.0,
-    value_embedding_decay=0.0,
-    head_decay=0.0,
-    warmdown=0.5,
-    final_lr=0.0,
-)
-TINY = dict(width=32, head_dim=16, value_gate_channels=8)
+CUDA = torch.device("cuda")
+TINY = dict(depth=2, width=32, head_dim=16, value_gate_channels=8)
+V = 60
+T = 16
 
 
-def draw_ids(*shape, vocab=50, seed=0):
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def draw_ids(*shape, vocab=V, seed=0):
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cpu_knobs(**changes):
+    return replace(train.Knobs(**train.TIERS["cpu"]), **changes)
+
+
+def tiny(path=train.sdpa_attention, dtype=torch.float32, seed=3, length=T, **changes):
+    """A model of two blocks as it starts, with the knobs of the CPU tier."""
+    torch.manual_seed(seed)
+    knobs = cpu_knobs(**{**TINY, "pair_rows": 97, **changes})
+    return train.GPT(knobs, V, length, CPU, path(CPU, length, train.block_windows(knobs, length)), dtype)
 
 
 def redraw(model):
@@ -42,5 +44,13 @@ def redraw(model):
     return model
 
 
-def cpu_knobs(**changes):
-    return replace(train.Knobs(**train.TIERS["cpu"]), **changes)
+def edited(*edits):
+    """train.py as a module, after edits (text that occurs once, text instead)."""
+    text = (ROOT / "train.py").read_text(encoding="utf-8")
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    module = ModuleType("edited_train")
+    sys.modules[module.__name__] = module  # dataclasses look there
+    exec(compile(text, "train.py, edited", "exec"), module.__dict__)
+    return module
