@@ -6,256 +6,301 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import test_examples_bugs
+import test_examples_speed
 
-EXAMPLES = ("speed", "bugs", "article", "topics")
-EDITED = {"speed": "templates.py", "bugs": "bookings.py", "article": "draft.md", "topics": "articles.py"}
-METRIC = {"speed": "ratio", "bugs": "failing", "article": "points", "topics": "points"}
-FROZEN = {"speed": "golden/letter.txt", "bugs": "test_bookings.py", "article": "facts.md", "topics": "sources/mill.md"}
-# (old, new): an edit that gains clearly, one that loses, one whose run fails
-BETTER = {
-    "speed": ("class Engine:\n", "from functools import cache\n\nparse = cache(parse)\n\n\nclass Engine:\n"),
-    "bugs": ("one[0] <= other[1] and other[0] <= one[1]", "one[0] < other[1] and other[0] < one[1]"),
-    "article": (
-        "Marta Vane is the skipper.",
-        "For 22 years Marta Vane has been the skipper. You may ask her about the river.",
+ROOT = Path(__file__).resolve().parent.parent
+GIT = {f"GIT_{who}_{what}": "t@t" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a scripted agent does in an example's folder. better, worse, wrong: (old text, new text)."""
+
+    name: str
+    edited: str
+    metric: str
+    frozen: str
+    better: tuple
+    worse: tuple = None
+    wrong: tuple = None  # an edit whose run fails
+    said: str = ""  # by that run
+
+
+EXAMPLES = {
+    "speed": Example(
+        name="speed",
+        edited="templates.py",
+        metric="ratio",
+        frozen="cases.json",
+        better=("[WORD.findall(part) for part in PART.findall(markup)]", "parts(markup)"),  # see build()
+        worse=('    result = ""\n    position = 0\n', '    result = ""\n    position = 0\n    sum(range(1000))\n'),
+        wrong=("html.escape(to_text(value))", "to_text(value)"),
+        said="FAIL: harness: wrong output: escape, once",
     ),
-    "topics": (
-        "and that is how it was meant.",
-        "as it was meant to. From here you can see how the {thing} earns its keep.",
+    "bugs": Example(
+        name="bugs",
+        edited="bookings.py",
+        metric="failing",
+        frozen="report.md",
+        better=("one[0] <= other[1] and other[0] <= one[1]", "one[0] < other[1] and other[0] < one[1]"),
+        wrong=("import calendar\n", "import calendar\nimport checks\n"),
+        said="FAIL: harness: bookings.py line",
+    ),
+    "article": Example(
+        name="article",
+        edited="draft.md",
+        metric="points",
+        frozen="topics/prose.py",
+        better=("Marta Vane is the skipper.", "For 22 years Marta Vane has been the skipper. Ask her about the river."),
+        worse=("room for 46 passengers", "room for 90 passengers"),
+    ),
+    "article/topics": Example(
+        name="article/topics",
+        edited="articles.py",
+        metric="points",
+        frozen="sources/mill.md",
+        better=(
+            "and that is how it was meant. ",
+            "as it was meant to. From here you can see how {thing} earns its keep. ",
+        ),
+        wrong=("def write(topic):\n", "def write(topic):\n    return None\n\n\ndef unused(topic):\n"),
+        said="FAIL: harness: write() gives",
     ),
 }
-WORSE = {
-    "speed": ("def render_all(nodes, scope):\n", "def render_all(nodes, scope):\n    sum(range(500))\n"),
-    "bugs": ('return f"{minutes // 60:02}:{minutes % 60:02}"', 'return f"{minutes // 60}:{minutes % 60}"'),
-    "article": ("room for 46 passengers", "room for 90 passengers"),
-    "topics": ("## ", "### Very "),
-}
-FAILING = {
-    "speed": ("html.escape(to_text(value))", "to_text(value)"),
-    "bugs": ("import datetime\n", "import datetime\nimport checks\n"),
-    "article": None,  # no text makes this ruler fail
-    "topics": ("def write(topic):\n", "def write(topic):\n    return None\n\n\ndef unused(topic):\n"),
-}
-FAIL = {
-    "speed": "FAIL: harness: wrong output",
-    "bugs": "FAIL: harness: bookings.py line",
-    "topics": "FAIL: harness: write() gives",
-}
+FOLDERS = {name: ROOT / "examples" / name for name in EXAMPLES}
 
 
-def program(example):
-    return (ROOT / "examples" / example / "program.md").read_text(encoding="utf-8")
+def program(name):
+    return (FOLDERS[name] / "program.md").read_text(encoding="utf-8")
 
 
-def commands(example, title):
-    """The code of a section, in order."""
-    section = re.search(rf"^## {title}.*?\n(.*?)(?=^## |\Z)", program(example), re.M | re.S)[1]
-    return re.findall(r"`([^`]+)`", section)
+def codes(name):
+    """All code of a program.md, in order."""
+    return re.findall(r"`([^`]+)`", program(name))
 
 
-def command(example, title, start, number=0):
-    return [code for code in commands(example, title) if code.startswith(start)][number]
+def code(name, start):
+    return next(each for each in codes(name) if each.startswith(start))
 
 
 class Night:
-    """An agent that runs what program.md says."""
+    """An agent in a copy of an example's folder, who knows the commands of its program.md."""
 
-    def __init__(self, example, folder):
-        self.example, self.folder = example, folder
-        self.file = folder / EDITED[example]
-        steps = "One experiment"
-        self.run_command = command(example, steps, "uv run ../../referee.py run")
-        self.wait_command = command(example, steps, "uv run ../../referee.py wait")
-        self.log_command = command(example, steps, "uv run ../../referee.py log")
-        self.discard_command = command(example, steps, "uv run ../../referee.py log discard")
-        self.crash_command = command(example, steps, "uv run ../../referee.py log crash")
-        self.commit_command = command(example, steps, "git commit -qam")
-        self.mend_command = command(example, steps, "git commit -q --amend")
-        self.last = ""
+    def __init__(self, name, folder, environment):
+        self.example = EXAMPLES[name]
+        self.folder = folder
+        self.environment = environment
+        self.referee = code(name, "uv run").rpartition(" ")[0]
 
     def shell(self, line):
+        """What a command line prints."""
         done = subprocess.run(
-            ["bash", "-c", line], cwd=self.folder, stdin=subprocess.DEVNULL, capture_output=True, text=True
+            line, shell=True, cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True
         )
-        self.last = done.stdout + done.stderr
-        assert len(self.last.splitlines()) <= 20, self.last
-        return self.last
+        return (done.stdout + done.stderr).decode().strip()
 
-    def set_up(self):
-        for line in commands(self.example, "Set-up"):
-            if line.startswith(("git checkout", "printf")):
-                self.shell(line.replace("<nov24>", "nov24"))
-                assert self.last == "", self.last
+    def call(self, words):
+        return self.shell(f"{self.referee} {words}")
 
-    def until_an_idea_is_wanted(self):
-        """Run and log, and whatever seed `next:` names."""
-        self.shell(self.run_command)
-        first = self.last
-        self.shell(self.log_command)
-        for _ in range(5):
-            seed = re.search(r"^next: .*referee\.py run --seed (\d+)", self.last, re.M)
-            if not seed:
-                return first
-            self.shell(f"{self.run_command} --seed {seed[1]}")
-            self.shell(self.log_command)
-        raise AssertionError(self.last)
+    def run_and_follow(self):
+        """Does what `next:` says, until it is no command; returns all that was printed."""
+        said = self.call("run")
+        for _ in range(9):
+            command = said.splitlines()[-1].removeprefix("next: ").partition("#")[0].strip()
+            if not command:
+                return said
+            said += "\n" + self.shell(command)
+        raise AssertionError(said)
 
-    def edit(self, change):
-        text = self.file.read_text(encoding="utf-8")
-        assert change[0] in text, change
-        self.file.write_text(text.replace(change[0], change[1]), encoding="utf-8")
+    def commit(self, change, idea):
+        """Commits an edit; returns the commit."""
+        replace(self.folder / self.example.edited, *change)
+        self.shell(re.sub("'.*'", f"'{idea}'", code(self.example.name, "git commit -qam")))
+        return self.head
 
-    def commit(self, idea):
-        self.shell(re.sub(r"<.*?>", idea, self.commit_command))
+    @property
+    def head(self):
+        return self.shell("git rev-parse HEAD")
 
-    def rows(self):
-        lines = (self.folder / "results.tsv").read_text(encoding="utf-8").splitlines()
-        return [line.split("\t") for line in lines]
-
-    def words_on(self, idea):
-        return [row[3] for row in self.rows() if row[4].partition(" (does not count: ")[0] == idea]
+    def status_of(self, idea):
+        rows = [line.split("\t") for line in (self.folder / "results.tsv").read_text(encoding="utf-8").splitlines()]
+        return {row[3] for row in rows if row[4].startswith(idea)}
 
 
-@pytest.fixture
-def night(tmp_path, monkeypatch, request):
-    """A repository with the referee and the examples as they are, and `uv` that runs this interpreter."""
-    example = request.param
-    root = tmp_path / "project"
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    shutil.copytree(
-        ROOT / "examples", root / "examples", symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "runs")
-    )
-    shutil.copy(ROOT / "referee.py", root)
-    (root / ".gitignore").write_text("results.tsv\nruns/\nrun.log\nrun.json\nideas.md\n__pycache__/\n")
+def build(root, name):
+    """A Night in a repository with the referee and the examples as they are, where `uv run` is this interpreter."""
+    tools = root / "bin"
+    tools.mkdir(parents=True)
     (tools / "uv").write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -B "$@"\n')
     (tools / "uv").chmod(0o755)
-    (tools / "nltk.py").write_text("")  # textstat imports it, a second a run, for what no ruler calls
-    monkeypatch.setenv("PYTHONPATH", str(tools))
-    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    stopwatch = root / "examples/speed/stopwatch.py"
-    text = stopwatch.read_text(encoding="utf-8")
-    assert "rounds=40, templates=400" in text
-    stopwatch.write_text(text.replace("rounds=40, templates=400", "rounds=3, templates=50"))
-    subprocess.run("git init -q && git add -A && git commit -qm start", shell=True, cwd=root, check=True)
-    return Night(example, root / "examples" / example)
+    made = shutil.ignore_patterns("__pycache__", "runs", "results*.tsv", "run.log", "ideas.md")
+    for part in ("examples", "referee"):
+        shutil.copytree(ROOT / part, root / part, ignore=made)
+    (root / ".gitignore").write_text("bin/\nresults.tsv\nruns/\nrun.log\nideas.md\n")
+    replace(root / "referee/verdict.py", "SLOWED = 0.2", "SLOWED = 99.0")  # the tests' machine may be busy
+    replace(root / "examples/speed/ruler.py", "rounds=400", "rounds=5")
+    engine = root / "examples/speed/templates.py"
+    replace(engine, "class Engine:", f"{test_examples_speed.REMEMBERED}\n\nclass Engine:")  # what the gain calls
+    night = Night(name, root / "examples" / name, {**os.environ, **GIT, "PATH": f"{tools}:{os.environ['PATH']}"})
+    night.shell(f"cd {root} && git init -q && git add -A && git commit -qm start")
+    return night
 
 
-def git(night, *words):
-    done = subprocess.run(["git", *words], cwd=night.folder, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+def replace(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert old in text, old
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
-def check_baseline(night):
-    night.set_up()
-    assert git(night, "branch", "--show-current") == f"autoresearch/{night.example}-nov24"
-    first = night.until_an_idea_is_wanted()
-    assert re.search(rf"^{METRIC[night.example]}: ", first, re.M), first
-    assert re.search(r"^verdict: +baseline ", first, re.M), first
-    assert night.rows()[0] == ["commit", METRIC[night.example], "memory_gb", "status", "description"]
-    assert {row[3] for row in night.rows()[1:]} == {"keep"}
-
-
-def check_keep_and_discard(night):
-    night.edit(BETTER[night.example])
-    night.commit("a gain")
-    night.until_an_idea_is_wanted()
-    assert night.words_on("a gain")[-1] == "keep", night.last
-    kept = git(night, "rev-parse", "HEAD")
-    before = night.file.read_text(encoding="utf-8")
-    night.edit(WORSE[night.example])
-    night.commit("a loss")
-    dropped = git(night, "rev-parse", "HEAD")
-    night.until_an_idea_is_wanted()
-    assert night.words_on("a loss")[-1] == "discard", night.last
-    assert git(night, "rev-parse", "HEAD") == kept
-    assert night.file.read_text(encoding="utf-8") == before
-    assert dropped in git(night, "for-each-ref", "--format=%(objectname)", "refs/autoresearch")
-
-
-def check_crash(night):
-    kept = git(night, "rev-parse", "HEAD")
-    night.edit(FAILING[night.example])
-    night.commit("a mistake")
-    assert FAIL[night.example] in night.shell(night.run_command)
-    if night.example == "bugs":  # once is enough: a mend that is none
-        night.file.write_text(night.file.read_text(encoding="utf-8") + "\nMENDED = True\n", encoding="utf-8")
-        night.shell(night.mend_command)
-        assert FAIL[night.example] in night.shell(night.run_command)
-    night.shell(night.crash_command)
-    assert night.words_on("a mistake") == ["crash"]
-    assert [row[1] for row in night.rows() if row[3] == "crash"] == ["nan"]
-    assert git(night, "rev-parse", "HEAD") == kept
-
-
-def check_frozen(night):
-    """A frozen file is edited in the commit of an idea: the run does not count, whatever it scores."""
-    night.edit(BETTER[night.example][::-1])
-    frozen = night.folder / FROZEN[night.example]
+@pytest.fixture(scope="module", params=EXAMPLES)
+def told(request, tmp_path_factory):
+    """{what: what was seen} of a night with a gain, a loss, a mistake and an edit of the ruler."""
+    night = build(tmp_path_factory.mktemp("night") / "project", request.param)
+    example = night.example
+    told = {"example": example}
+    told["set-up"] = night.shell(code(example.name, "git checkout")) + night.shell(code(example.name, "printf"))
+    told["branch"] = night.shell("git branch --show-current")
+    told["baseline"] = night.run_and_follow()
+    told["baseline rows"] = night.status_of("baseline")
+    told["gain at"] = night.commit(example.better, "a gain")
+    told["gain"] = night.run_and_follow()
+    told["gain rows"] = night.status_of("a gain")
+    if example.worse:
+        told["loss at"] = night.commit(example.worse, "a loss")
+        told["loss"] = night.run_and_follow()
+        told["loss rows"] = night.status_of("a loss")
+        told["dropped"] = night.shell("git for-each-ref --format='%(objectname)' refs/autoresearch")
+    if example.wrong:
+        night.commit(example.wrong, "a mistake")
+        told["mistake"] = night.call("run")
+        night.shell(code(example.name, f"{night.referee} log crash"))
+        told["mistake rows"] = night.status_of("a mistake")
+    told["head"] = night.head
+    frozen = night.folder / example.frozen
     frozen.write_text(frozen.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    night.commit("another ruler")
-    out = night.shell(night.run_command)
-    said = rf"FAIL: |^verdict: +none \(.*{re.escape(frozen.name)} was edited"
-    assert re.search(said, out, re.M), out
-    night.shell(night.discard_command if "verdict" in out else night.crash_command)
-    assert night.words_on("another ruler")[-1] != "keep"
+    night.shell("git commit -qam 'another ruler'")
+    told["another ruler"] = night.call("run")
+    told["status"] = night.shell(code(example.name, f"{night.referee} status"))
+    return told
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("night", EXAMPLES, indirect=True)
-def test_a_night(night):
-    check_baseline(night)
-    check_keep_and_discard(night)
-    if FAILING[night.example]:
-        check_crash(night)
-    check_frozen(night)
-    status = re.search(r"`(uv run \.\./\.\./referee\.py status)`", program(night.example))[1]
-    assert re.search(r"^next: ", night.shell(status), re.M)
+def test_set_up_says_nothing(told):
+    assert told["set-up"] == ""
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_program_is_short_and_complete(example):
-    text = program(example)
-    assert len(text.splitlines()) <= 40
-    assert f"`{EDITED[example]}`" in text
-    assert METRIC[example] in text
-    for word in ("never stop", "At most twice", "Stuck", "git push", "ideas.md", "referee.py status", "crash"):
-        assert word in text, word
+def test_branch_is_named_after_the_example(told):
+    assert told["branch"] == f"autoresearch/{told['example'].name.split('/')[-1]}-nov21"
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_ruler_is_short_and_free_to_import(example):
-    path = ROOT / "examples" / example / "ruler.py"
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 45
-    assert ast.unparse(tree.body[-1]).startswith("if __name__ == '__main__':\n    referee.measure(")
-    code = "import sys; sys.dont_write_bytecode = True; import ruler"
-    done = subprocess.run([sys.executable, "-c", code], cwd=path.parent, capture_output=True, text=True)
+def test_baseline_is_measured(told):
+    assert re.search(rf"^{told['example'].metric}: ", told["baseline"], re.M), told["baseline"]
+
+
+def test_baseline_is_kept(told):
+    assert told["baseline rows"] == {"keep"}, told["baseline"]
+
+
+def test_gain_is_kept(told):
+    assert told["gain rows"] == {"keep"}, told["gain"]
+
+
+def test_loss_is_discarded(told):
+    assert told.get("loss rows", {"discard"}) == {"discard"}, told["loss"]
+
+
+def test_loss_is_not_lost(told):
+    assert told.get("loss at", "") in told.get("dropped", "")
+
+
+def test_what_was_dropped_goes_back(told):
+    assert told["head"] == told["gain at"]
+
+
+def test_mistake_is_named(told):
+    assert told["example"].said in told.get("mistake", "")
+
+
+def test_mistake_is_a_crash(told):
+    assert told.get("mistake rows", {"crash"}) == {"crash"}
+
+
+def test_edit_of_a_frozen_file_is_named(told):
+    assert told["example"].frozen in told["another ruler"]
+
+
+def test_edit_of_a_frozen_file_is_not_measured(told):
+    assert "verdict" not in told["another ruler"]
+
+
+def test_status_says_what_is_next(told):
+    assert told["status"].splitlines()[-1].startswith("next: ")
+
+
+def test_night_ends_when_nothing_fails(tmp_path):
+    night = build(tmp_path / "project", "bugs")
+    night.run_and_follow()
+    night.commit((test_examples_bugs.SHIPPED, test_examples_bugs.fixed(*test_examples_bugs.FIXES)), "all at once")
+    assert "the night is over" in night.run_and_follow()
+
+
+def test_a_patched_library_is_not_measured(tmp_path):
+    """It would slow the loop that the pages are compared with."""
+    night = build(tmp_path / "project", "speed")
+    night.commit(("TAGS = {", "html.escape = sorted\nTAGS = {"), "a cheat")
+    assert "not started" in night.call("run")
+
+
+# == what stands in the folders
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_program_fits_a_page(name):
+    assert len(program(name).splitlines()) <= 40
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "word", ["next:", "One run decides", "impler wins", "t most twice", "Stuck", "never stop", "git push"]
+)
+def test_program_says(name, word):
+    assert word in program(name)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_program_names_what_is_edited_and_measured(name):
+    assert {EXAMPLES[name].edited, EXAMPLES[name].metric} <= set(codes(name))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_program_calls_the_referee_where_it_lies(name):
+    calls = {each.split()[2] for each in codes(name) if each.startswith("uv run")}
+    assert {(FOLDERS[name] / call).resolve() for call in calls} == {ROOT / "referee"}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_program_has_nothing_to_be_filled_in(name):
+    """`<date>` in a command was typed as it stood."""
+    assert not [each for each in codes(name) if "<" in each]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_ruler_is_free_to_import(name):
+    line = "import sys; sys.dont_write_bytecode = True; import ruler"
+    done = subprocess.run([sys.executable, "-c", line], cwd=FOLDERS[name], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_all_files_but_one_are_frozen(example):
-    """What lies in the folder is edited, frozen, the ruler or program.md."""
-    folder = ROOT / "examples" / example
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_what_is_not_edited_is_frozen(name):
+    folder = FOLDERS[name]
     call = ast.parse((folder / "ruler.py").read_text(encoding="utf-8")).body[-1].body[0].value
     facts = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    assert facts["edits"] == [EDITED[example]]
-    assert facts["metric"] == METRIC[example]
-    listed = subprocess.run(
-        ["git", "ls-files", "."], cwd=folder, capture_output=True, text=True, check=True
-    ).stdout.split()
-    tops = {name.split("/")[0] for name in listed}
-    assert tops == {*facts["edits"], *facts["frozen"], "ruler.py", "program.md"}
-
-
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda path: f"{path.parent.name}/{path.name}"
-)
-def test_functions_fit_a_screen(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 60, node.name
+    made = {"__pycache__", "runs", "results.tsv", "run.log", "ideas.md"}
+    here = {path.name for path in folder.iterdir()} - made
+    listed = {path.split("/")[0] for path in [*facts["edits"], *facts["frozen"], "ruler.py", "program.md"]}
+    assert here == listed

@@ -2,197 +2,103 @@
 
     Engine(partials).render(source, data) -> text
 
-partials: {name: source}, for {% include 'name' %}. data: {name: value}; it is never changed. A template that is wrong
-raises TemplateError. The language:
+partials: {name: source}, for {% include 'name' %}. data: {name: value}; it is never changed. The language:
 
     {{ product.title | upcase | append: '!' }}          dotted lookup, filters with arguments; missing names are empty
-    {% assign total = cart.total | plus: 5 %}           seen until the end of the template, in what it includes too
-    {% if a.b == 3 and not_c %} {% elsif x contains 'y' %} {% else %} {% endif %}      and, or: from right to left
-    {% unless sold_out %} {% endunless %}               may have else, too
-    {% for item in items limit: 3 %} {{ forloop.index }} {% else %} none {% endfor %}  also: for n in (1..5)
+    {% assign total = cart.total | plus: 5 %}           seen until the end of the page, in what it includes too
+    {% if a.b == 3 and c %} {% elsif x contains 'y' %} {% else %} {% endif %}          and, or: from right to left
+    {% for item in items %} {{ forloop.index }} {% else %} none {% endfor %}           also: forloop.first, forloop.last
     {% include 'card' product: item, wide: true %}      the partial sees everything the page sees, and these
-    {% comment %} not shown {% endcomment %}
 """
 
 import html
 import operator
 import re
-from dataclasses import dataclass
 
 TAG = re.compile(r"(\{\{.*?\}\}|\{%.*?%\})", re.DOTALL)
-WORD = re.compile(r""""[^"]*"|'[^']*'|==|!=|<=|>=|[<>|:,]|[^\s|:,<>=!]+""")
-DEEPEST = 20  # includes within includes: a partial that includes itself ends with an error, not with a full stack
+PART = re.compile(r"""(?:"[^"]*"|'[^']*'|[^|"'])+""")  # between the bars of an expression
+WORD = re.compile(r""""[^"]*"|'[^']*'|[=<>!]+|[^\s:,=<>!]+""")
 
 
 class TemplateError(ValueError):
-    """The template is wrong: a tag without its end, an unknown tag, filter or partial."""
+    """A tag without its end, or an unknown tag, filter or partial where the page is rendered."""
 
 
-# == VALUES ==
+# -- values
 
 
 def to_text(value):
     if value is None:
         return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return "".join(to_text(item) for item in value)
-    return str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def to_number(value):
-    """0 for what is no number, as Liquid has it."""
-    if isinstance(value, bool) or value is None:
-        return 0
-    if isinstance(value, (int, float)):
-        return value
-    try:
-        text = to_text(value)
-        return float(text) if "." in text else int(text)
-    except ValueError:
-        return 0
-
-
-def is_true(value):
-    """Only nil and false are false; 0 and the empty string are true."""
-    return value is not None and value is not False
-
-
-class Scope:
-    """The variables that a template sees: the innermost frame that has a name wins."""
-
-    def __init__(self, data, partials):
-        self.frames = [data, {}]
-        self.partials = partials
-        self.depth = 0
-
-    def lookup(self, path):
-        first, *rest = path.split(".")
-        value = next((frame[first] for frame in reversed(self.frames) if first in frame), None)
-        for key in rest:
-            value = member(value, key)
-        return value
-
-
-def member(value, key):
-    """value.key: of a dict its entry; of lists and texts size, first, last and the number of an item."""
-    if isinstance(value, dict) and key in value:
-        return value[key]
-    if key == "size" and isinstance(value, (list, str, dict)):
-        return len(value)
-    if isinstance(value, list) and value:
-        if key == "first":
-            return value[0]
-        if key == "last":
-            return value[-1]
-        if key.isdigit() and int(key) < len(value):
-            return value[int(key)]
-    return None
-
-
-# == FILTERS ==
-
-
-def truncate(value, length=50, end="..."):
+    """0 for what is no whole number, as Liquid has it."""
     text = to_text(value)
-    most = int(to_number(length))
-    if len(text) <= most:
-        return text
-    return text[: max(0, most - len(to_text(end)))] + to_text(end)
+    return int(text) if re.fullmatch(r"-?\d+", text) else 0
 
 
-def split(value, by=" "):
+def look_up(path, engine):
+    """What a dotted path leads to; the innermost frame that has its first name wins."""
+    names = path.split(".")
+    value = next((frame for frame in reversed(engine.frames) if names[0] in frame), None)
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+# -- expressions
+
+
+def truncate(value, length):
     text = to_text(value)
-    return text.split(to_text(by)) if by else list(text)
-
-
-def as_list(value):
-    if isinstance(value, list):
-        return value
-    return [] if value is None else [value]
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 FILTERS = {
     "upcase": lambda value: to_text(value).upper(),
     "downcase": lambda value: to_text(value).lower(),
     "capitalize": lambda value: to_text(value).capitalize(),
-    "strip": lambda value: to_text(value).strip(),
     "escape": lambda value: html.escape(to_text(value)),
     "append": lambda value, other: to_text(value) + to_text(other),
-    "prepend": lambda value, other: to_text(other) + to_text(value),
     "replace": lambda value, old, new="": to_text(value).replace(to_text(old), to_text(new)),
-    "split": split,
     "truncate": truncate,
-    "size": lambda value: len(value) if isinstance(value, (str, list, dict)) else 0,
-    "first": lambda value: member(value, "first"),
-    "last": lambda value: member(value, "last"),
-    "join": lambda value, by=" ": to_text(by).join(to_text(item) for item in as_list(value)),
-    "sort": lambda value, key=None: sorted(
-        as_list(value), key=lambda item: to_text(member(item, key) if key else item)
-    ),
-    "reverse": lambda value: as_list(value)[::-1],
-    "map": lambda value, key: [member(item, key) for item in as_list(value)],
-    "default": lambda value, other: other if value in (None, False, "", []) else value,
+    "default": lambda value, other: other if value is False or value in (None, "", []) else value,
+    "sort": lambda value: sorted(value, key=to_text),
+    "join": lambda value, by=" ": to_text(by).join(to_text(item) for item in value),
     "plus": lambda value, other: to_number(value) + to_number(other),
-    "minus": lambda value, other: to_number(value) - to_number(other),
     "times": lambda value, other: to_number(value) * to_number(other),
     "money": lambda value: f"{to_number(value) / 100:,.2f}",  # from cents
 }
 
 
-# == EXPRESSIONS ==
-
-
-def evaluate_word(word, scope):
+def evaluate_word(word, engine):
     """A literal or a dotted path."""
     if word[0] in "'\"":
         return word[1:-1]
     if re.fullmatch(r"-?\d+", word):
         return int(word)
-    if re.fullmatch(r"-?\d+\.\d+", word):
-        return float(word)
     if word in ("true", "false"):
         return word == "true"
-    if word in ("nil", "null"):
-        return None
-    return scope.lookup(word)
+    return None if word == "nil" else look_up(word, engine)
 
 
-def evaluate(markup, scope):
+def evaluate(markup, engine):
     """`value | filter: argument, argument | filter`"""
-    words = WORD.findall(markup)
-    if not words:
-        raise TemplateError("an empty expression")
-    value = evaluate_word(words[0], scope)
-    position = 1
-    while position < len(words):
-        if words[position] != "|" or position + 1 == len(words):
-            raise TemplateError(f"a filter is expected in {markup!r}")
-        name = words[position + 1]
-        position += 2
-        arguments = []
-        while position < len(words) and words[position] != "|":
-            if words[position] not in (":", ","):
-                arguments.append(evaluate_word(words[position], scope))
-            position += 1
-        value = apply_filter(name, value, arguments)
+    first, *filters = [WORD.findall(part) for part in PART.findall(markup)]
+    value = evaluate_word(first[0], engine)
+    for name, *words in filters:
+        if name not in FILTERS:
+            raise TemplateError(f"unknown filter {name!r}")
+        value = FILTERS[name](value, *[evaluate_word(word, engine) for word in words])
     return value
-
-
-def apply_filter(name, value, arguments):
-    if name not in FILTERS:
-        raise TemplateError(f"unknown filter {name!r}")
-    try:
-        return FILTERS[name](value, *arguments)
-    except TypeError as error:
-        raise TemplateError(f"filter {name!r}: {error}") from error
 
 
 def contains(left, right):
     if isinstance(left, str):
         return to_text(right) in left
-    return isinstance(left, (list, dict)) and right in left
+    return isinstance(left, list) and right in left
 
 
 OPERATORS = {
@@ -206,216 +112,117 @@ OPERATORS = {
 }
 
 
-def holds(words, scope):
+def holds(words, engine):
     """A condition; `and` and `or` bind from right to left, as in Liquid."""
     for position, word in enumerate(words):
         if word == "and":
-            return compare(words[:position], scope) and holds(words[position + 1 :], scope)
+            return compare(words[:position], engine) and holds(words[position + 1 :], engine)
         if word == "or":
-            return compare(words[:position], scope) or holds(words[position + 1 :], scope)
-    return compare(words, scope)
+            return compare(words[:position], engine) or holds(words[position + 1 :], engine)
+    return compare(words, engine)
 
 
-def compare(words, scope):
-    """One value, or two with an operator between them."""
-    if len(words) not in (1, 3):
-        raise TemplateError(f"a condition is `value` or `value operator value`, not {' '.join(words)!r}")
-    left = evaluate_word(words[0], scope)
+def compare(words, engine):
+    """One value, of which only nil and false are false; or two with an operator between them."""
+    values = [evaluate_word(word, engine) for word in words[::2]]
     if len(words) == 1:
-        return is_true(left)
-    right = evaluate_word(words[2], scope)
-    if words[1] not in OPERATORS:
-        raise TemplateError(f"unknown operator {words[1]!r}")
+        return values[0] is not None and values[0] is not False
     try:
-        return OPERATORS[words[1]](left, right)
+        return OPERATORS[words[1]](*values)
     except TypeError:
         return False  # of different kinds: neither is less
 
 
-# == NODES: each renders itself ==
+# -- tags: each gets its sections, [(word, markup, tokens)]: its own and, of a block, those of elsif and else
 
 
-@dataclass
-class Text:
-    text: str
-
-    def render(self, scope):
-        return self.text
-
-
-@dataclass
-class Output:
-    markup: str
-
-    def render(self, scope):
-        return to_text(evaluate(self.markup, scope))
+def render_if(sections, engine):
+    for word, markup, tokens in sections:
+        if word == "else" or holds(WORD.findall(markup), engine):
+            return render(tokens, engine)
+    return ""
 
 
-class Assign:
-    def __init__(self, markup):
-        self.name, equals, self.markup = (part.strip() for part in markup.partition("="))
-        if not equals or not self.name.isidentifier():
-            raise TemplateError(f"assign needs `name = value`, not {markup!r}")
-
-    def render(self, scope):
-        scope.frames[1][self.name] = evaluate(self.markup, scope)
-        return ""
-
-
-@dataclass
-class If:
-    """branches: [(condition's markup, or None for else; nodes)]; the first that holds is shown."""
-
-    branches: list
-    negated: bool  # `unless`: the first condition the other way round
-
-    def render(self, scope):
-        for number, (markup, nodes) in enumerate(self.branches):
-            if markup is None:
-                return render_all(nodes, scope)
-            negated = self.negated and number == 0
-            if bool(holds(WORD.findall(markup), scope)) != negated:
-                return render_all(nodes, scope)
-        return ""
+def render_for(sections, engine):
+    name, _, collection = sections[0][1].split()
+    items = evaluate_word(collection, engine)
+    if not items:
+        return "".join(render(tokens, engine) for _, _, tokens in sections[1:])
+    result = ""
+    for index, item in enumerate(items):
+        forloop = {"index": index + 1, "first": index == 0, "last": index == len(items) - 1}
+        engine.frames.append({name: item, "forloop": forloop})
+        result += render(sections[0][2], engine)
+        engine.frames.pop()
+    return result
 
 
-class For:
-    def __init__(self, markup, nodes, otherwise):
-        match = re.fullmatch(r"(\w+)\s+in\s+(\(.+\.\..+\)|\S+)(?:\s+limit:\s*(\S+))?", markup)
-        if not match:
-            raise TemplateError(f"for needs `name in list`, not {markup!r}")
-        self.name, self.collection = match[1], match[2]
-        self.limit = match[3]
-        self.nodes = nodes
-        self.otherwise = otherwise
+def render_assign(sections, engine):
+    name, _, markup = sections[0][1].partition("=")
+    engine.frames[1][name.strip()] = evaluate(markup, engine)
+    return ""
 
-    def items(self, scope):
-        if self.collection.startswith("("):
-            start, end = (int(to_number(evaluate_word(word, scope))) for word in self.collection[1:-1].split(".."))
-            items = list(range(start, end + 1))
+
+def render_include(sections, engine):
+    name, *words = WORD.findall(sections[0][1])
+    source = engine.partials.get(name[1:-1])
+    if source is None:
+        raise TemplateError(f"no partial {name}")
+    engine.frames.append({key: evaluate_word(word, engine) for key, word in zip(words[::2], words[1::2])})
+    result = render(TAG.split(source), engine)
+    engine.frames.pop()
+    return result
+
+
+TAGS = {"if": render_if, "for": render_for, "assign": render_assign, "include": render_include}
+
+
+def read_tag(token):
+    """(word, markup) of a tag, ("", "") of anything else."""
+    word, _, markup = token[2:-2].strip().partition(" ") if token.startswith("{%") else ("", "", "")
+    return word, markup
+
+
+def read_sections(word, markup, tokens, position):
+    """The sections of a tag whose inner tokens begin at a position, and the position behind its end."""
+    sections = [(word, markup, [])]
+    if word not in ("if", "for"):
+        return sections, position
+    depth = 0
+    for place in range(position, len(tokens)):
+        inner, rest = read_tag(tokens[place])
+        if depth == 0 and inner == f"end{word}":
+            return sections, place + 1
+        if depth == 0 and inner in ("elsif", "else"):
+            sections.append((inner, rest, []))
         else:
-            items = as_list(evaluate_word(self.collection, scope))
-        if self.limit:
-            return items[: int(to_number(evaluate_word(self.limit, scope)))]
-        return items
-
-    def render(self, scope):
-        items = self.items(scope)
-        if not items:
-            return render_all(self.otherwise, scope)
-        result = ""
-        for index, item in enumerate(items):
-            forloop = {
-                "index": index + 1,
-                "index0": index,
-                "rindex": len(items) - index,
-                "first": index == 0,
-                "last": index == len(items) - 1,
-                "length": len(items),
-            }
-            scope.frames.append({self.name: item, "forloop": forloop})
-            result += render_all(self.nodes, scope)
-            scope.frames.pop()
-        return result
+            sections[-1][2].append(tokens[place])
+        depth += (inner in ("if", "for")) - (inner in ("endif", "endfor"))
+    raise TemplateError(f"end{word} is missing")
 
 
-class Include:
-    def __init__(self, markup):
-        name, _, rest = markup.partition(" ")
-        self.name = name.strip("'\"")
-        self.arguments = re.findall(r"""(\w+)\s*:\s*("[^"]*"|'[^']*'|[^\s,]+)""", rest)
-
-    def render(self, scope):
-        if self.name not in scope.partials:
-            raise TemplateError(f"no partial {self.name!r}")
-        if scope.depth == DEEPEST:
-            raise TemplateError(f"{self.name!r} is included more than {DEEPEST} deep")
-        scope.frames.append({name: evaluate_word(word, scope) for name, word in self.arguments})
-        scope.depth += 1
-        result = render_all(parse(scope.partials[self.name]), scope)
-        scope.depth -= 1
-        scope.frames.pop()
-        return result
-
-
-def render_all(nodes, scope):
-    return "".join(node.render(scope) for node in nodes)
-
-
-# == PARSER ==
-
-
-def parse(source):
-    """The nodes of a template."""
-    nodes, end = parse_until(iter(TAG.split(source)), ())
-    return nodes
-
-
-def parse_until(tokens, ends):
-    """Nodes up to the first tag whose word is in `ends`, and that tag as (word, markup); (None, "") at the end."""
-    nodes = []
-    for token in tokens:
-        if token.startswith("{{"):
-            nodes.append(Output(token[2:-2].strip()))
-        elif token.startswith("{%"):
-            word, _, markup = token[2:-2].strip().partition(" ")
-            if word in ends:
-                return nodes, (word, markup.strip())
-            nodes.append(parse_tag(word, markup.strip(), tokens))
-        elif token:
-            nodes.append(Text(token))
-    if ends:
-        raise TemplateError(f"{ends[-1]} is missing")
-    return nodes, (None, "")
-
-
-def parse_tag(word, markup, tokens):
-    if word == "assign":
-        return Assign(markup)
-    if word == "include":
-        return Include(markup)
-    if word == "comment":
-        return parse_comment(tokens)
-    if word == "for":
-        return parse_for(markup, tokens)
-    if word in ("if", "unless"):
-        return parse_if(word, markup, tokens)
-    raise TemplateError(f"unknown tag {word!r}")
-
-
-def parse_comment(tokens):
-    """What is in a comment need not be right."""
-    for token in tokens:
-        if re.fullmatch(r"\{%\s*endcomment\s*%\}", token):
-            return Text("")
-    raise TemplateError("endcomment is missing")
-
-
-def parse_if(word, markup, tokens):
-    ends = ("elsif", "else", "end" + word)
-    branches = []
-    end = "elsif"
-    while end == "elsif":
-        nodes, (end, next_markup) = parse_until(tokens, ends)
-        branches.append((markup, nodes))
-        markup = next_markup
-    if end == "else":
-        nodes, _ = parse_until(tokens, ends[2:])
-        branches.append((None, nodes))
-    return If(branches, negated=word == "unless")
-
-
-def parse_for(markup, tokens):
-    nodes, (end, _) = parse_until(tokens, ("else", "endfor"))
-    otherwise = []
-    if end == "else":
-        otherwise, _ = parse_until(tokens, ("endfor",))
-    return For(markup, nodes, otherwise)
+def render(tokens, engine):
+    result = ""
+    position = 0
+    while position < len(tokens):
+        token = tokens[position]
+        position += 1
+        word, markup = read_tag(token)
+        if word in TAGS:
+            sections, position = read_sections(word, markup, tokens, position)
+            result += TAGS[word](sections, engine)
+        elif word:
+            raise TemplateError(f"unknown tag {word!r}")
+        else:
+            result += to_text(evaluate(token[2:-2], engine)) if token.startswith("{{") else token
+    return result
 
 
 class Engine:
     def __init__(self, partials=None):
         self.partials = partials or {}
+        self.frames = []  # of variables: the page's data, what it assigns, loops and includes
 
     def render(self, source, data):
-        return render_all(parse(source), Scope(data, self.partials))
+        self.frames = [data, {}]
+        return render(TAG.split(source), self)
