@@ -1,202 +1,330 @@
-"""analysis.ipynb executed on every kind of log. `python tests/test_notebook.py FOLDER` draws a simulated night."""
+"""analysis.ipynb on every kind of log, as a page, and in a browser. `python tests/test_notebook.py FOLDER` draws a night."""
 
-import contextlib
-import io
+import itertools
+import os
 import random
+import re
 import shutil
+import subprocess
 import sys
-import warnings
+from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
 
+import IPython.display
 import nbformat
-import numpy as np
 import pytest
-from conftest import ROOT
-from nbclient import NotebookClient
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+from matplotlib.text import Text
 
-import referee
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from referee.book import Row, append_rows  # noqa: E402
+from referee.records import Record, write_record  # noqa: E402
+from referee.verdict import CONTROL_EVERY, judge  # noqa: E402
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
-IDEAS = """baseline|halve the batch|depth 9, width 576|warm-down 0.7|embedding lr 0.8|head lr 0.006|no weight decay|
-Muon momentum 0.97|window T/4|GELU instead of ReLU squared|SwiGLU, same parameters|soft cap 12|soft cap 30|
-RoPE base 50,000|RoPE base 2,000|value embeddings in every layer|no value embeddings|gate on 64 channels|
-x0 scale 0.2|drop x0|depth 12, width 384|heads of 64|pattern SSL|pattern SSSSL|all layers long|Muon lr 0.05|
-Muon lr 0.03|three Polar Express steps|beta2 0.9 in NorMuon|Adam beta1 0.9|Adam beta2 0.99|initialise head at 0.01|
-tie embeddings|a bigram table|a trigram table|hash bigrams to 64 k|linear decay to 10 %|cosine decay|
-warm-up of 20 steps|batch ramp from 2^18|batch 2^18 with lr 0.7|sequence ramp 512 to 2048|MLP of 3.5 widths|
-MLP of 5 widths|parallel attention and MLP|norm after attention|no final norm|learned norm weights|QK norm off|
-QK gain 1.2|attention sink token|two value heads a layer|grouped queries, 2 for 1|multi-token prediction, 2 heads|
-logit bias from unigrams|z-loss 1e-4|label smoothing 0.02|dropout 0.05|EMA of weights, last 20 %|
-average of last 5 checkpoints|decay tables too|cautious decay off|decay 0.1|decay 0.3|residual scale lr 0.01|
-skip from layer 2 to 6|U-net skips|layer drop 0.1|smear tokens by 1|convolution of 3 before attention|
-gate the attention output|sparse gate per head|per-head temperature|first layer dense only|double width, half depth|
-reuse layer 4 twice|fp8 head|compile with max-autotune|fused cross-entropy|micro-batch 64|larger evaluation batch|
-sort by length|drop documents under 64 tokens|two epochs of 5 shards|Lion for tables|Adam for gates at 0.02|
-Shampoo for head|clip at 1.0|Nesterov off|momentum ramp of 600 steps|lr scaled by depth|mu-P for the head|
-head in fp32|orthogonal initialisation|value gate starts at 1|window ramp|window T/8 early|x0 in odd layers|
-stochastic rounding|asymmetric rescale of logits|bigram table with gate|soft cap 15 on attention"""
+NOTES = "# To try\n\n- a plan\n\n# Kept\n\n- a win\n\n# Tried, and why it failed\n\n- SwiGLU: <slower> & $no$ better\n"
+KNOBS = "Muon lr|embedding lr|head lr|weight decay|short window|batch|depth|width|soft cap|RoPE base|x0 scale|warm-down"
+CHANGES = ["halved", "doubled", "x 0.7", "x 1.4", "off", "per layer", "late", "ramped"]
 
 
 def row(n, score, status, text="an idea"):
     return f"{n:07x}\t{score}\t44.0\t{status}\t{text}\n"
 
 
-def record(n, seed, score, **more):
-    """A record of runs/, of a run that counts unless more says otherwise."""
-    name = f"{n:07x}"
-    facts = {"time": "2026", "commit": name.ljust(40, "0"), "seed": seed, "score": score, "fail": None, "code": name}
-    facts |= {"metric": "val_bpb", "lower_is_better": True, "harness": "cafe", "device": "H100", "dataset": "climbmix"}
-    return facts | {"why_not": [], "ticks": 900, "seconds": 300.0, "tokens": 6_000_000, "host": "h", "pid": n} | more
+def record(n, seed, score, minute=0, **more):
+    """A Record of commit n, of a run that counts unless more says otherwise."""
+    commit = f"{n:07x}"
+    figures = {"seconds": 300.0, "total_seconds": 330.0, "dataset": "climbmix"}
+    facts = {"time": f"2026-11-27T{minute // 60:02}:{minute % 60:02}:00Z", "host": "h", "pid": 1000 * n + seed}
+    facts |= {"birth": None, "folder": "/night", "commit": commit.ljust(40, "0"), "parent": None, "subject": "an idea"}
+    facts |= {"seed": seed, "metric": "val_bpb", "lower_is_better": True, "code": commit, "limit": 600, "score": score}
+    facts |= {"fail": None, "harness": "cafe", "device": "H100", "figures": figures}
+    return Record(**facts | more)
 
 
-def simulated_night(folder):
-    """Plays IDEAS, of drawn effects, by the referee's verdicts with a noise sd of 0.0007, and writes the log."""
-    rng, runs = random.Random(5), []
-    best, memory = 0.9979, 44.0
-    for n, idea in enumerate(IDEAS.replace("\n", "").split("|")):
-        effect = rng.expovariate(200) if rng.random() < 0.75 else -rng.expovariate(450)
-        score = best + effect if n else best
-        used = memory + rng.choice([0, 0, 0, 1.5, -1.2])
-        status, seed = "crash" if n and rng.random() < 0.07 else "rerun", 42
-        while status in ("rerun", "none"):
-            more = {"time": f"{len(runs):06}", "dataset": "simulated", "device": None}
-            more["tokens"] = int(4.99e8 * rng.gauss(1 - (used - 44) / 150, 0.004))
-            runs.append(record(n, seed, round(rng.gauss(score, 0.0007), 6), **more))
-            referee.write_record(folder / "runs", runs[-1])
-            seed += 1
-            status = referee.verdict_on(runs[-1], runs, referee.read_results(folder / "results.tsv")).word
-            status = "rerun" if n == 0 and seed < 45 else status.replace("baseline", "keep")
-        new = referee.Row(f"{n:07x}", "nan" if status == "crash" else f"{score}", f"{used:.1f}", status, idea)
-        referee.append_row(folder / "results.tsv", new, "val_bpb")
-        if status == "keep":
-            best, memory = score, used
+def simulated_night(folder, spread=0.0007, luck=8):
+    """Plays a night of ideas with drawn effects by the referee's verdicts, and its morning; writes log, records, notes."""
+    rng = random.Random(luck)
+    records = []
+    kept, level = record(0, 42, None).commit, 0.9979
+
+    def run(n, seed, truth, text):
+        """Runs commit n, which is as good as truth, and logs it; returns the status."""
+        base = kept if n else None
+        fail = (
+            {"kind": "oom", "sentence": "out of memory; lower the micro-batch"} if rng.random() < 0.06 and n else None
+        )
+        score = None if fail else round(rng.gauss(truth, spread), 6)
+        lines = [rng.randint(1, 30), rng.randint(0, 20)]
+        new = record(n, seed, score, 6 * len(records), subject=text, base=base, lines=lines, fail=fail)
+        verdict = judge(new, records, base, new.commit == kept)
+        status = {"failed": "crash", "discard": "discard"}.get(verdict.code, "keep")
+        records.append(new)
+        write_record(folder / "runs", new)
+        append_rows(folder / "results.tsv", [Row(new.commit[:7], new.score_text, "44.0", status, text)], "val_bpb")
+        return status
+
+    for seed in (42, 43, 44):
+        run(0, seed, level, "baseline")
+    ideas = [f"{knob} {change}" for knob in KNOBS.split("|") for change in CHANGES]
+    rng.shuffle(ideas)
+    for n, text in enumerate(ideas, 1):
+        effect = -rng.expovariate(700) if rng.random() < 0.25 else rng.expovariate(200)
+        if run(n, 42, level + effect, text) == "keep":
+            kept, level = record(n, 42, None).commit, level + effect
+        if n % CONTROL_EVERY == 0:
+            run(int(kept[:7], 16), 50 + n, level, "control")
+    for commit, truth in (("0" * 40, 0.9979), (kept, level)):
+        for seed in (101, 102):
+            val, audit = (round(rng.gauss(truth + offset, spread), 6) for offset in (0, 0.02))
+            fresh = record(int(commit[:7], 16), seed, val, 6 * len(records), audit=audit)
+            records.append(fresh)
+            write_record(folder / "runs", fresh)
+    (folder / "ideas.md").write_text(NOTES)
 
 
-def prepared(text, folder, records=()):
-    """The notebook, in a folder with a log and with records."""
-    for name in ("analysis.ipynb", "referee.py"):
-        shutil.copy(ROOT / name, folder)
-    if text is not None:
-        (folder / "results.tsv").write_text(text)
-    for n, facts in enumerate(records):
-        referee.write_record(folder / "runs", facts | {"pid": n})
-    return nbformat.read(folder / "analysis.ipynb", 4)
+@dataclass
+class Page:
+    """What the notebook makes of a folder. drawn: the texts of the picture; names: those of the cells."""
+
+    html: str
+    text: str
+    drawn: list
+    names: dict
 
 
-def execute(notebook, folder, monkeypatch):
-    """(what the cells print and the picture says, their names), in this process: a kernel for each would cost 3 s."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("MPLBACKEND", "agg")
+def report(folder, monkeypatch):
+    """The Page of a folder, made in this process: a kernel for each would cost 3 s."""
+    shown = []
     names = {"__name__": "__main__"}
-    with contextlib.redirect_stdout(io.StringIO()) as out, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for cell in notebook.cells:
-            if cell.cell_type == "code":
-                exec(compile(cell.source, "cell", "exec"), names)
-    figure, plt = names["figure"], names["plt"]
-    plt.close("all")
-    words = [each.get_text() for each in figure.findobj(plt.Text)]
-    return "\n".join([out.getvalue(), *words, f"{len(figure.axes)} panels"]), names
+    monkeypatch.setenv("FOLDER", str(folder))
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    for cell in nbformat.read(ROOT / "analysis.ipynb", 4).cells:
+        exec(compile(cell.source, "analysis.ipynb", "exec"), names)
+    html = "".join(each.data for each in shown)
+    text = unescape(re.sub("<style>.*?</style>|<[^>]+>", " ", html, flags=re.DOTALL))
+    drawn = [each.get_text() for each in names["figure"].findobj(Text)]
+    return Page(html, " ".join(text.split()), drawn, names)
 
 
 @pytest.fixture
-def check(tmp_path, monkeypatch):
-    """check(log, records, expected): the notebook draws its picture and says all phrases of expected, split at |."""
+def page_of(tmp_path, monkeypatch):
+    """page_of(log, *records): the Page of a folder with that results.tsv and runs/."""
 
-    def run(text, expected, *records):
-        out, _ = execute(prepared(text, tmp_path, records), tmp_path, monkeypatch)
-        assert (tmp_path / "progress.png").stat().st_size > 5000
-        for words in expected.split("|"):
-            assert words in out, out
-        return out
+    def run(log, *records):
+        if log is not None:
+            (tmp_path / "results.tsv").write_bytes(log.encode())
+        for each in records:
+            write_record(tmp_path / "runs", each)
+        page = report(tmp_path, monkeypatch)
+        assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
+        return page
 
     return run
 
 
 KEPT = HEADER + row(1, "1.0", "keep", "baseline") + row(2, "0.9", "keep", "deeper")
-LONG = [row(n, 1 - n / 1e4 + n % 3 / 100, "discard" if n % 3 else "keep") for n in range(1000)]
+FOUND = "val_bpb 1 → 0.9, better by 10.00 %: not confirmed"
+NOTHING = "Nothing better than the baseline was found"
+BASELINE = "".join(row(1, score, "keep", "baseline") for score in (1.000, 1.002, 1.001))
+LONG = [row(n, 1 - n / 1e4 + n % 3 / 100, "discard" if n % 3 else "keep", f"idea {n}") for n in range(1000)]
+MORE = "commit\tval_bpb\tmemory_gb\tmfu\tstatus\tdescription\n"
+MORE += "0000001\t1.0\t5\t58\tkeep\tone\n0000002\t0.9\t5\t5\tkeep\ttwo\n"
+TURNED = "timestamp\tstatus\tdescription\ttokens\tcommit\tval_bpb\n7:00\tkeep\tfirst\t5\t0000001\t1.0\n"
 LOGS = {
-    "no file": (None, "no experiments|nothing measured"),
-    "header only": (HEADER, "no experiments|none"),
-    "one row": (HEADER + row(1, "0.9979", "keep"), "1 experiments|baseline 0.997900|gain     0.000000"),
-    "crash first": (KEPT.replace("\n", "\n" + row(9, "0.000000", "crash"), 1), "crashed (1)|1.0000 to 0.9000, -10.0 %"),
-    "all crashes": (HEADER + row(1, "nan", "crash") + row(2, "0.0", "crash"), "crashed (2)|nothing was kept"),
-    "nothing kept": (HEADER + row(1, "1.1", "discard"), "nothing was kept|discarded (1)"),
-    "a worse keep": (KEPT + row(3, "0.95", "keep"), "best     0.900000|-0.050000"),
-    "a stray row": (KEPT + "oops\n", "line 4 cannot be read|2 experiments"),
-    "inf": (KEPT + row(3, "inf", "keep") + row(4, "1e999", "keep"), "line 4 cannot|best     0.900000"),
-    "$": (KEPT + row(3, "0.8", "keep", "$x^ and $\\frac"), "$x^ and $\\frac"),
-    "byte-order mark": ("\ufeff" + KEPT.replace("val_bpb", "loss"), "2 experiments|loss 1.0000 to 0.9000"),
-    "a long night": (HEADER + "".join(LONG), "1000 experiments|keep rate: 334 of 1000"),
-    "last row decides": (KEPT + row(2, "0.8", "discard") + row(2, "0.85", "keep"), "best     0.850000|keep     2"),
-    "constant memory": (KEPT, "1 panels"),
-    "memory that varies": (KEPT.replace("44.0", "40.0", 1), "memory, GB|2 panels"),
+    "no file": (None, "No experiments yet|experiments: 0"),
+    "header only": (HEADER, "No experiments yet|Crashed: 0."),
+    "one row": (HEADER + row(1, "0.9979", "keep"), f"{NOTHING}|val_bpb of the baseline: 0.9979 (runs: 1 of 0000001)"),
+    "crash first": (KEPT.replace("\n", "\n" + row(9, "0.000000", "crash"), 1), f"{FOUND}|crashed: 1"),
+    "all crashes": (HEADER + row(1, "nan", "crash") + row(2, "0.0", "crash"), "Nothing was kept|Crashed: 2."),
+    "nothing kept": (HEADER + row(1, "1.1", "discard"), "Nothing was kept|Dropped: 1"),
+    "nothing found": (HEADER + BASELINE + row(2, 1.003, "discard"), f"{NOTHING}|runs: 3 of 0000001|sd of a run: 0.001"),
+    "a worse keep": (KEPT + row(3, "1.1", "keep"), "val_bpb 1 → 1.1, worse by 10.00 %: not confirmed"),
+    "noise unknown": (KEPT, f"{FOUND}|noise unknown|deeper (0000002) +0.1 ?"),
+    "damaged lines": (KEPT + "oops\n" + row(3, "x", "keep"), f"{FOUND}|line 4, 5 cannot be read"),
+    "infinite": (KEPT + row(3, "1e999", "keep") + row(4, "inf", "keep"), f"{FOUND}|line 5 cannot be read"),
+    "CR line ends": (KEPT.replace("\n", "\r\n") + row(3, 2, "discard").replace("\n", "\r"), f"{FOUND}|experiments: 3"),
+    "byte-order mark": ("\ufeff" + KEPT.replace("val_bpb", "loss"), "loss 1 → 0.9"),
+    "no header": (KEPT.removeprefix(HEADER), FOUND),
+    "more columns": (MORE, f"{FOUND}|two (0000002)"),
+    "columns in another order": (TURNED + "7:05\tkeep\tnext\t6\t0000002\t0.9\n", f"{FOUND}|next (0000002)"),
+    "a dropped zero": (KEPT + row(3, "0.000000", "discard"), f"{FOUND}|Dropped: 0"),
+    "higher is better": (KEPT.replace("val_bpb", "score").replace("0.9", "1.5"), "score 1 → 1.5, better by 50.00 %"),
+    "a long night": (HEADER + "".join(LONG), "experiments: 1000, kept: 333|and 233 more"),
+    "not ASCII": (KEPT + row(3, "0.8", "keep", "注意 🚀"), "注意 🚀"),
 }
 
 
 @pytest.mark.parametrize("case", LOGS)
-def test_notebook_copes(case, check):
-    check(*LOGS[case])
+def test_every_kind_of_log_is_reported(case, page_of):
+    log, expected = LOGS[case]
+    page = page_of(log)
+    for words in expected.split("|"):
+        assert words in page.text
+    assert page.drawn.count(page.names["headline"]) == 1
 
 
-def test_notebook_runs_in_a_kernel(tmp_path):
-    notebook = prepared(KEPT, tmp_path)
-    NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    outputs = str([cell.get("outputs") for cell in notebook.cells])
-    assert "2 experiments" in outputs
-    assert "image/png" in outputs
+def test_text_of_agents_is_shown_as_it_is(page_of, tmp_path):
+    text = "a<b>|c & $x^$ \\frac {d}"
+    (tmp_path / "ideas.md").write_text(NOTES)
+    page = page_of(HEADER + row(1, "1.0", "keep") + row(2, "0.9", "keep", text))
+    assert f"{text} (0000002)" in page.text
+    assert text in page.drawn
+    assert "<b>" not in page.html
+    assert "SwiGLU: <slower> & $no$ better" in page.text
+    assert "a plan" not in page.text
+    assert page.html.count("tex2jax_ignore") == page.html.count('class="night')
 
 
-def test_top_hits_are_ordered_by_their_own_gain(check):
-    out = check(KEPT + row(3, "0.7", "keep", "large") + row(4, "0.55", "keep", "middling"), "44.4 %")
-    top = out[out.index("share") :]
-    assert top.index("large") < top.index("middling") < top.index("deeper")
+FIRST = [record(1, 42, 1.000), record(1, 43, 1.002), record(1, 44, 1.001)]
+SECOND = record(2, 42, 0.990, lines=[12, 3], subject="deeper")
+ROWS = BASELINE + row(2, 0.99, "keep", "deeper")
 
 
-def test_reruns_are_a_mean_and_the_noise_is_theirs(check):
-    """Baseline 1.000, 1.002, 1.001: sd 0.001, df 2. Beyond noise: above 2.92 * 0.001 * sqrt(4 / 3) = 0.003372."""
-    scores = [(1, 1.000), (1, 1.002), (1, 1.001), (2, 0.998), (3, 0.9900)]
-    expected = "4 experiments, 6 rows|noise    0.001000  (sd of a run; measured, 2 degrees|1 beyond noise"
-    expected += "|baseline 1.001000|0.003372   False|not beyond noise (1)"
-    check(HEADER + "".join(row(*each, "keep") for each in scores) + row(4, "0.9890", "discard"), expected)
+def test_a_keep_shows_its_gain_in_sd_and_lines(page_of):
+    """sd 0.001 of three runs; the gain counts from the baseline's mean, the level of a chosen run is half an sd worse."""
+    page = page_of(HEADER + ROWS, *FIRST, SECOND)
+    assert "val_bpb 1.001 → 0.9905, better by 1.05 %: not confirmed" in page.text
+    assert "deeper (0000002) +0.011 +11.0 +12 −3" in page.text
+    assert "AUDIT=1 uv run referee run --seed 101" in page.text
+    assert "kept, gain above 1 sd: 1" in page.drawn
 
 
-def test_a_public_log_is_read_as_it_is(check):
-    """No commit is rerun there: the noise is assumed, and keeps smaller than it are counted apart."""
-    gains = (0, 0.004, 0.0045, 0.009, 0.0092, 0.0121)
-    rows = [row(n, 0.9979 - gain, "keep") for n, gain in enumerate(gains)]
-    check(HEADER + "".join(rows), "assumed|5 kept after the baseline, 3 beyond noise|best     0.985800")
+def test_a_small_gain_is_an_open_dot(page_of):
+    page = page_of(HEADER + BASELINE + row(2, 1.0005, "keep"), *FIRST, record(2, 42, 1.0005))
+    assert "+0.0005 +0.5" in page.text
+    assert "kept, gain below: 1" in page.drawn
 
 
-def test_records_name_the_table_and_what_does_not_count(check):
-    """Of two tables the one with more runs is drawn; a slowed run and one with a doubt are listed."""
-    runs = [record(1, 42, 1.0), record(1, 43, 1.002), record(2, 42, 0.9), record(2, 43, 0.5, ticks=400)]
-    runs += [record(2, 44, 0.4, why_not=["a doubt"]), record(1, 45, 7.0, device="cpu")]
-    expected = "climbmix, H100: val_bpb 1.0010 to 0.9000, -10.1 %|3 runs do not count|another table: cpu|a doubt"
-    check(KEPT, expected + "|slowed: 400 steps where seed 42 of the same file made 900|20,000", *runs)
+@pytest.mark.parametrize(
+    "case, val, audit, runs, word",
+    [
+        ("both gain", 0.99, 1.09, 2, "confirmed"),
+        ("audit does not", 0.99, 1.1, 2, "not confirmed"),
+        ("val does not", 1.001, 1.09, 2, "not confirmed"),
+        ("one seed each", 0.99, 1.09, 1, "not confirmed"),
+    ],
+)
+def test_the_claim_is_the_mornings(case, val, audit, runs, word, page_of):
+    """Two fresh seeds of each: a gain is beyond 2 standard errors from 0.002 on."""
+    fresh = [record(1, 101 + n, 1.003, audit=1.102) for n in range(runs)]
+    fresh += [record(2, 101 + n, val, audit=audit) for n in range(runs)]
+    page = page_of(HEADER + ROWS, *FIRST, SECOND, *fresh)
+    assert f"val_bpb 1.003 → {val:g}, better by" in page.text
+    assert page.names["headline"].endswith(f" sd): {word}")
+    assert f"audit 1.102 → {audit:g}" in page.text
+    assert "experiments: 4, kept: 1, crashed: 0" in page.text
+    assert f"fresh seeds: {runs} of the baseline, {runs} of 0000002" in page.text
 
 
-def test_audit_stands_against_val(check):
-    runs = [record(1, 42, 1.0, audit=1.10), record(1, 43, 1.02, audit=1.12), record(2, 42, 0.9, audit=1.05)]
-    check(KEPT, "gain on val 0.110000, on audit 0.060000", *runs)
+def test_a_run_that_does_not_count_says_why(page_of):
+    """Neither is a doubt, nor a slowed run, nor one of another device, part of the claim."""
+    runs = [record(2, 43, 0.5, why_not=["a doubt"]), record(2, 44, 0.4, others=0.5), record(2, 45, 7.0, device="cpu")]
+    log = HEADER + ROWS + row(2, 0.5, "keep") + row(7, 0.3, "keep")
+    page = page_of(log, *FIRST, SECOND, *runs)
+    assert "1.001 → 0.9905" in page.text
+    assert "Scores that do not count: 3." in page.text
+    assert "0000002, seed 43 a doubt 0.500000" in page.text
+    assert "slowed: other processes used 50 %" in page.text
+    assert "another device: cpu" in page.text
+    assert "1 rows have no run in runs/" in page.text
 
 
-def test_a_metric_of_which_more_is_better(check):
-    facts = {"metric": "points", "lower_is_better": False, "dataset": None}
+def test_a_night_is_timed_without_its_pauses(page_of):
+    """Ten runs, six minutes apart, the last of 330 s; a pause of three hours in their middle."""
+    minutes = [6 * n + 180 * (n > 4) for n in range(10)]
+    page = page_of(HEADER + row(1, 1.0, "keep"), *(record(1, 42 + n, 1.0, minute) for n, minute in enumerate(minutes)))
+    assert "1.0 h, runs: 10, 10.2 an hour" in page.text
+
+
+def test_what_failed_and_why(page_of, tmp_path):
+    fail = {"kind": "oom", "sentence": "out of memory"}
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "damaged.json").write_text("{")
+    failed = record(3, 42, None, fail=fail, subject="huge")
+    lost = record(3, 41, None, fail={"kind": "lost", "sentence": "the run was killed"})
+    page = page_of(HEADER + ROWS + row(3, "nan", "crash"), *FIRST, SECOND, lost, failed)
+    assert "huge: out of memory" in page.text
+    assert "Failed runs: 1 lost, 1 oom." in page.text
+    assert "experiments: 5, kept: 1, crashed: 1" in page.text
+    assert "1 files are damaged" in page.text
+
+
+def test_wins_that_a_sum_brought_on_are_one_change(page_of):
+    """Commits 2 and 3 gained on the baseline and are kept as commit 4, which gains both."""
+    parts = [record(n, 42, 0.99, n, base=FIRST[0].commit) for n in (2, 3)]
+    whole = record(4, 42, 0.98, 4, base=FIRST[0].commit, picked=[part.commit for part in parts], subject="both")
+    rows = row(2, 0.99, "keep") + row(3, 0.99, "keep") + row(4, 0.98, "keep")
+    page = page_of(HEADER + BASELINE + rows, *FIRST, *parts, whole)
+    assert "Kept: 1, 1 by more than 1 sd. # change gain in sd lines 6 both (0000004) +0.021 +21.0" in page.text
+
+
+def test_a_metric_of_which_more_is_better(page_of):
+    facts = {"metric": "points", "lower_is_better": False}
     runs = [record(1, 42, 50, **facts), record(1, 43, 50, **facts), record(2, 42, 60, **facts)]
-    check(KEPT, "H100: points 50.00 to 60.00, +20.0 %|points (higher is better)|baseline, 1 beyond noise", *runs)
+    page = page_of(HEADER.replace("val_bpb", "points") + row(1, 50, "keep") + row(2, 60, "keep"), *runs)
+    assert "points 50 → 60, better by 20.00 %: not confirmed" in page.text
+    assert "points (higher is better)" in page.drawn
+    assert "kept, gain above 1 sd: 1" in page.drawn
 
 
-def test_labels_of_a_dense_night_lie_a_line_apart(tmp_path, monkeypatch):
+def test_labels_of_a_night_do_not_overlap(tmp_path, monkeypatch):
     simulated_night(tmp_path)
-    _, names = execute(prepared(None, tmp_path), tmp_path, monkeypatch)
-    axes, angle = names["figure"].axes[0], np.radians(names["SLANT"])
-    points = [axes.transData.transform(text.xy) * 72 / axes.figure.dpi + text.xyann for text in axes.texts]
-    assert len(points) == len(names["kept"]) > 10
-    assert np.diff(np.sort(points @ np.array([-np.sin(angle), np.cos(angle)]))).min() > 10
+    figure = report(tmp_path, monkeypatch).names["draw"]()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) > 5
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
-def test_notebook_is_stored_without_outputs():
+# -- the page itself
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory):
+    """The path of the page of a simulated night, as its user makes it."""
+    folder = tmp_path_factory.mktemp("night")
+    simulated_night(folder)
+    command = ["-m", "jupyter", "nbconvert", "--to", "html", "--execute", "--no-input", "--output-dir", str(folder)]
+    environment = {**os.environ, "FOLDER": str(folder)}
+    subprocess.run([sys.executable, *command, "analysis.ipynb"], cwd=ROOT, env=environment, check=True)
+    return folder / "analysis.html"
+
+
+def browse(path, *options):
+    """Output of a headless Chromium that opens a page, without a network."""
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --hide-scrollbars --window-size=400,1000"
+    own = ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={path.parent / 'chromium'}"]
+    command = ["chromium", *flags.split(), *own, *options, path.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_the_page_is_one_file_without_code(html):
+    text = html.read_text()
+    assert "sd): confirmed" in text
+    assert "import base64" not in text
+    assert "Traceback" not in text
+    assert 'src="data:image/png;base64,' in text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium (apt-get install chromium)")
+def test_a_browser_shows_claim_and_picture(html):
+    """On a screen of a phone's width: the claim stands in the page, and the picture's green is on the screen."""
+    dom = browse(html, "--dump-dom")
+    assert re.search("val_bpb 0.9.* → 0.9.*, better by .* %.*: confirmed", dom)
+    screenshot = html.with_name("phone.png")
+    browse(html, f"--screenshot={screenshot}")
+    pixels = imread(screenshot)[..., :3]
+    green = abs(pixels - to_rgb("#1a7f37")).max(axis=2) < 0.05
+    assert green.sum() > 200
+    assert green.any(axis=0).nonzero()[0].max() < 390
+
+
+def test_the_notebook_is_stored_without_outputs():
     notebook = nbformat.read(ROOT / "analysis.ipynb", 4)
     nbformat.validate(notebook)
     assert not any(cell.get("outputs") for cell in notebook.cells)
@@ -204,6 +332,7 @@ def test_notebook_is_stored_without_outputs():
 
 if __name__ == "__main__":
     where = Path(sys.argv[1]).resolve()
+    where.mkdir(exist_ok=True)
     simulated_night(where)
     with pytest.MonkeyPatch.context() as patch:
-        print(execute(prepared(None, where), where, patch)[0])
+        print(report(where, patch).text)
