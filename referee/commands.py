@@ -43,8 +43,10 @@ def require_runnable(night, trial, start, seed):
     edited = night.experiment.edited
     require(not night.changed, f"{' and '.join(night.changed)} is changed but not committed; run: {COMMIT}")
     record = new_record(night.experiment, night.repository, night.book, seed)
-    names = " ".join(reason.split(" was edited")[0] for reason in record.why_not)
-    take_out = f"git restore --staged --source={trial.base} -- {names} && git commit -q --amend --no-edit"
+    touched = [reason.split(" was edited")[0] for reason in record.why_not]
+    names = " ".join(touched)
+    also = " --worktree" if any(name.split("/")[0] in night.experiment.frozen for name in touched) else ""
+    take_out = f"git restore --staged{also} --source={trial.base} -- {names} && git commit -q --amend --no-edit"
     require(not names, f"the idea changes {names} besides {edited}; take that out: {take_out}")
     found = "" if trial.is_kept else "; ".join(lint_edits(night.experiment)[:3])
     again = f"{AMEND if trial.base else COMMIT} && {me(start)}"

@@ -33,11 +33,11 @@ BEYOND = "reaches beyond its own code"
 RULES = (  # (pattern of a whole line, what is said of it, empty where it is free); the first that fits counts
     (rf"import (.*\.)?({PROCESSES})(\..*)?", NO_PROCESS),
     (rf"use @(torch|numpy|os)\.(.*\.)?({PROCESSES})\b.*", NO_PROCESS),
-    (r"call @os\.(fork|system|popen|exec|spawn|posix_spawn|_exit|kill|dup).*", NO_PROCESS),
+    (r"call @(.*\.)?os\.(fork|system|popen|exec|spawn|posix_spawn|_exit|kill|dup).*", NO_PROCESS),
     (r"call .*\bnum_workers=(?!0\b).*", NO_PROCESS),
     (rf"import ({MEMORY})(\..*)?", BEYOND),
     (rf"(use|import) (.*\.)?({FRAMES})", BEYOND),
-    (r"(use|set) @sys\.(modules|meta_path|path_hooks)\b.*", BEYOND),
+    (r"(use|set) @(.*\.)?sys\.(modules|meta_path|path_hooks)\b.*", BEYOND),
     (r"set @sys\..*", BEYOND),
     (r"call @inspect\.(stack|currentframe|getmembers|trace|getouterframes|getinnerframes).*", BEYOND),
     (r"call (exec|eval|compile|globals|__import__|breakpoint|input)\(.*", "what runs is not what is written"),

@@ -120,9 +120,7 @@ def judge(record, records, base, kept):
         return Verdict("control" if base else "baseline", "; ".join(parts), sd=sd if df else None)
     base_runs = [run for run in table if run.commit == base]
     if not base_runs:
-        where = f"on {record.device} under harness {record.harness}"
-        said = f"{base[:7]} has no run {where}" if base else "results.tsv names no commit that this one was cut from"
-        return Verdict("no_base", said)
+        return Verdict("no_base", why_no_base(record, [run for run in records if run.commit == base], base))
     if df == 0:
         return Verdict("no_noise", f"the noise is unknown: {base[:7]} has to run with another seed")
     theirs = files[base_runs[0].code]
@@ -137,6 +135,16 @@ def judge(record, records, base, kept):
     if record.lines:
         parts.append(f"lines +{record.lines[0]} -{record.lines[1]}")
     return Verdict(code, "; ".join([*parts, *repeats(record, table)]), gain, sd)
+
+
+def why_no_base(record, runs, base):
+    """Why a record has no base to compare with, as a phrase. runs: those of its base, on other grounds."""
+    if base is None:
+        return "results.tsv names no commit that this one was cut from"
+    if any(run.device == record.device and run.score is not None for run in runs):
+        ran = f"{base[:7]} ran under harness {runs[-1].harness}, this one under {record.harness}"
+        return f"{ran}: a frozen file or the data have changed (git status), or it has to run again"
+    return f"{base[:7]} has no run on {record.device}"
 
 
 def repeats(record, table):

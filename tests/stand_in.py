@@ -26,28 +26,25 @@ def attempt(key):
     return path.stat().st_size - 1
 
 
+RAISED = {
+    "oom": MemoryError("CUDA out of memory. Tried to allocate"),
+    "nan": FloatingPointError("the loss was nan at step 3"),
+    "error": ValueError("no"),
+    "harness": RefereeError("the model sees the future; correct train.py"),
+    "busy": RefereeError("process 1 is using cpu; wait for it or end it, then run again", "busy"),
+    "exit": SystemExit(0),
+}
+SIGNALS = {"lost": signal.SIGKILL, "preempted": signal.SIGTERM, "segfault": signal.SIGSEGV}
+
+
 def end(does):
     """Ends as a real run does that has no score."""
-    if does == "oom":
-        raise MemoryError("CUDA out of memory. Tried to allocate")
-    if does == "nan":
-        raise FloatingPointError("the loss was nan at step 3")
-    if does == "error":
-        raise ValueError("no")
-    if does == "harness":
-        raise RefereeError("the model sees the future; correct train.py")
-    if does == "busy":
-        raise RefereeError("process 1 is using cpu; wait for it or end it, then run again", "busy")
+    if does in RAISED:
+        raise RAISED[does]
+    if does in SIGNALS:
+        os.kill(os.getpid(), SIGNALS[does])
     if does == "timeout":
         time.sleep(60)
-    if does == "exit":
-        sys.exit(0)
-    if does == "lost":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if does == "preempted":
-        os.kill(os.getpid(), signal.SIGTERM)
-    if does == "segfault":
-        os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def pretend(mean, does="score", steps=10, seconds=0.0, memory=None, score=None):

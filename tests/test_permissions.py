@@ -11,7 +11,8 @@ from conftest import ROOT
 
 CLAUDE = json.loads((ROOT / ".claude/settings.json").read_text())
 RULES = ROOT / ".codex/rules/autoresearch.rules"
-PROGRAMS = ["program.md", "fleet/program.md", *(f"examples/{name}/program.md" for name in ("speed", "bugs", "article"))]
+EXAMPLES = ("speed", "bugs", "article", "article/topics")
+PROGRAMS = ["program.md", "fleet/program.md", *(f"examples/{name}/program.md" for name in EXAMPLES)]
 REPORT = "AUDIT=1 uv run referee run --seed 101"
 HARM = ["git push", "git clean -fd", "git stash", "git reset --hard HEAD~3", "git push origin main", "rm -rf runs"]
 HARM += ["TIME_BUDGET=900 uv run referee run", "AUDIT=1 uv run referee run --seed 42"]
