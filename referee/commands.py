@@ -31,7 +31,7 @@ from referee.records import now, parse_record, picked_in, reread
 from referee.run import lint_edits
 from referee.status import command_status
 from referee.supervisor import new_record, supervise
-from referee.table import AMEND, COMMIT, free_seed, need_of, next_need, words_of
+from referee.table import AMEND, COMMIT, free_seed, need_of, next_need
 from referee.verdict import BASELINE_RUNS
 
 SECONDS = 540  # that `run` and `wait` wait: agents end a command after ten minutes
@@ -155,16 +155,16 @@ def steps_of(runs):
 
 
 def wait_for_slots(night, seconds):
-    """Waits until a run in a slot has ended, or there is something else to do."""
+    """Waits until a run in a slot has ended, or there is something else to do than to have ideas."""
     end = time.monotonic() + seconds
     out = set(night.queue.jobs)
-    waits = words_of(night, next_need(night), "").startswith(("wait", "#"))
-    if not out or not waits:
+    idle = ("wait", "idea")
+    if not out or next_need(night).kind not in idle:
         print("not waiting: there is something to do first")
-    while out and waits and out <= set(night.queue.jobs) and time.monotonic() < end:
+        return say_next(night)
+    while out <= set(night.queue.jobs) and next_need(night).kind in idle and time.monotonic() < end:
         time.sleep(2)
         night = read_night(night.experiment)
-        waits = words_of(night, next_need(night), "").strip().startswith(("wait", "#"))
     return say_next(night)
 
 

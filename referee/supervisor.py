@@ -179,6 +179,11 @@ def how_it_ended(status, kind, record, records):
         return "lost", "the run was killed, by hand or because the machine had no memory left; run it again"
     if status < 0:
         return "error", f"it crashed outside Python ({signal.Signals(-status).name}); run it again"
+    if status == 0:
+        return (
+            "error",
+            "the script ended and noted no score; let it end in guard(main), and main() in print_summary(...)",
+        )
     return "error", f"the script ended with status {status} and no score; what stands above says why"
 
 

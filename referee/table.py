@@ -46,6 +46,7 @@ WORDS = {
     "status": (3, "{r} status", "{r} status"),
     "wait": (4, "{r} wait", "{r} wait"),
     "prose": (5, "", ""),
+    "idea": (6, "", ""),
 }
 
 
@@ -94,7 +95,11 @@ def is_on_its_way(night, trial):
     for log in night.folder.glob(f"{trial.commit.hash}-*.log") if night.in_slots else ():
         with contextlib.suppress(OSError):
             fresh = time.time() - log.stat().st_mtime < SETTLING
-            if fresh and log.stem.rpartition("-")[2] not in ended and not tail(log, 1)[0].startswith("FAIL: "):
+            if (
+                fresh
+                and log.stem.rpartition("-")[2] not in ended
+                and not (tail(log, 1) or [""])[0].startswith("FAIL: ")
+            ):
                 return True
     return False
 
@@ -228,8 +233,8 @@ def next_need(night):
         return need
     start = "{r} submit" if night.in_slots else "{r} run"
     if night.changed:
-        return Need("prose", why=f"finish the edit of {edited}, then {COMMIT} && {start}; or git restore {edited}")
-    return Need("prose", why=f"the next idea: edit {edited}, then {COMMIT} && {start}")
+        return Need("idea", why=f"finish the edit of {edited}, then {COMMIT} && {start}; or git restore {edited}")
+    return Need("idea", why=f"the next idea: edit {edited}, then {COMMIT} && {start}")
 
 
 def lost_its_log(night):

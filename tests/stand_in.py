@@ -6,7 +6,6 @@ A train.py there says what its run does:  prepare.pretend(1.0, "lost score")  is
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from pathlib import Path

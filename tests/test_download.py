@@ -7,41 +7,45 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
+from unittest import mock
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, run_prepare, tree, words
+from conftest import run_prepare, tree
+from test_data import assert_one_sentence, documents, parquet, spawn, texts_of
+
+import prepare
+
+NAMES = ["shard_00000.parquet", "shard_00001.parquet", "shard_06541.parquet", "shard_06542.parquet"]
+SIZES = ["--vocab-size", 300, "--seq-len", 16, "--eval-tokens", 256]
+FILES = {name: parquet(documents(n, 300, size=30), row_group=120) for n, name in enumerate(NAMES)}
+TOTAL = f"{sum(map(len, FILES.values())) / 1e6:,.1f}"
 
 
-def shard(seed, count=300):
-    out = io.BytesIO()
-    pq.write_table(pa.table({"text": [words(1000 * seed + n, 60) for n in range(count)]}), out, row_group_size=120)
-    return out.getvalue()
+def etag(data):
+    return f'"{hashlib.sha256(data).hexdigest()}"'
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """`plan[path]` lists what the next answers to a file shall be: whole, short, corrupt, reset, slow, or a status."""
+    """plan[name] lists what the next answers to a file shall be: short, corrupt, slow, or a status; then whole ones."""
 
     daemon_threads = True
 
-    def __init__(self, files, hashes=True, sizes=True):
+    def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files = files
-        self.hashes = hashes
-        self.sizes = sizes
-        self.plan = {}
-        self.served = []
-        self.asked = []
-        self.auth = []
-        self.linked_sizes = {}
         self.url = f"http://127.0.0.1:{self.server_port}"
+        self.files = files
+        self.headers = {"X-Linked-Size": len, "X-Linked-Etag": etag}  # of a file's bytes, in the first answer
+        self.lengths = True  # whether it is said how much will be sent
+        self.plan = {}
+        self.asked = set()  # (path, authorization)
+        self.served = []  # names
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def next_of(self, name, kind):
+        plan = self.plan.get(name, [])
+        return plan.pop(0) if plan and isinstance(plan[0], kind) else None
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -49,262 +53,217 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        hub, name = self.server, self.path.rsplit("/", 1)[1]
-        if "/resolve/main/" in self.path:
-            hub.asked.append(self.path)
-            hub.auth.append(self.headers.get("Authorization"))
-            status = (hub.plan.get(name) or [None])[0]
-            if isinstance(status, int):
-                hub.plan[name].pop(0)
-                return self.send_error(status)
-            if name not in hub.files:
-                return self.send_error(404)
-            self.send_response(302)
-            self.send_header("Location", f"/cdn/{name}")
-            if name in hub.linked_sizes:
-                self.send_header("X-Linked-Size", str(hub.linked_sizes[name]))
-            if hub.hashes:
-                self.send_header("X-Linked-Size", str(len(hub.files[name])))
-                self.send_header("X-Linked-Etag", '"' + hashlib.sha256(hub.files[name]).hexdigest() + '"')
-            return self.end_headers()
-        data = hub.files[name]
-        how = hub.plan[name].pop(0) if hub.plan.get(name) else "whole"
-        hub.served.append((name, how))
+        name = self.path.rsplit("/", 1)[1]
+        if self.path.startswith("/cdn/"):
+            self.send_file(self.server, name)
+            return
+        self.server.asked.add((self.path, self.headers.get("Authorization")))
+        status = self.server.next_of(name, int)
+        if status:
+            self.send_error(status)
+            return
+        self.send_response(302)
+        self.send_header("Location", f"/cdn/{name}")
+        for key, function in self.server.headers.items():
+            self.send_header(key, str(function(self.server.files[name])))
+        self.end_headers()
+
+    def send_file(self, hub, name):
+        how = hub.next_of(name, str)
+        hub.served.append(name)
+        data = bytearray(hub.files[name])
+        if how == "corrupt":
+            data[50] ^= 1
         self.send_response(200)
-        if hub.sizes:
+        if hub.lengths:
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        if how == "corrupt":
-            data = data[:50] + bytes([data[50] ^ 1]) + data[51:]
-        half = len(data) // 2
-        self.wfile.write(data[:half])
+        self.wfile.write(data[:100])
         if how == "slow":
             self.wfile.flush()
             time.sleep(60)
         if how != "short":
-            self.wfile.write(data[half:])
-
-
-NAMES = ["shard_00000.parquet", "shard_00001.parquet", "shard_06541.parquet", "shard_06542.parquet"]
-SIZES = ["--vocab-size", 400, "--seq-len", 64, "--eval-tokens", 4096]
-ARGS = ["--num-shards", 2, *SIZES]
-
-
-@pytest.fixture(scope="module")
-def files():
-    return {name: shard(n) for n, name in enumerate(NAMES)}
+            self.wfile.write(data[100:])
 
 
 @pytest.fixture
-def serve(files, monkeypatch):
-    """A function that starts a hub with the four shards, some of them replaced."""
-    import prepare
-
+def hub(monkeypatch):
     monkeypatch.setattr(prepare, "BACKOFF", (0.01, 0.01, 0.01))
-    running = []
-
-    def start(replaced=None, **how):
-        running.append(Hub({**files, **(replaced or {})}, **how))
-        return running[-1]
-
-    yield start
-    for server in running:
-        server.shutdown()
+    server = Hub(FILES)
+    monkeypatch.setenv("HF_ENDPOINT", f"{server.url}/")
+    yield server
+    server.shutdown()
 
 
-@pytest.fixture
-def hub(serve):
-    return serve()
-
-
-def prepare_from(hub, home, *args, **env):
-    return run_prepare(*(args or ARGS), env={"AUTORESEARCH_HOME": str(home), "HF_ENDPOINT": hub.url + "/", **env})
+def prepare_in(home, *arguments):
+    arguments = arguments or ["--num-shards", 2]
+    return run_prepare(*arguments, *SIZES, env={"AUTORESEARCH_HOME": str(home)})
 
 
 def shards_of(home):
-    return home / "climbmix" / "shards"
+    return {path.name: path.read_bytes() for path in (home / "climbmix" / "shards").iterdir()}
 
 
-def assert_whole(home, files):
-    assert {path.name: path.read_bytes() for path in shards_of(home).iterdir()} == files
+def counts_of(home, dataset):
+    """Documents of each split."""
+    splits = json.loads((home / dataset / "prepared" / "meta.json").read_text())["splits"]
+    return [splits[split]["documents"] for split in ("train", "val", "audit")]
 
 
-def assert_one_sentence(done, *said):
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1, done.stderr
-    for words_ in said:
-        assert words_ in done.stderr
-
-
-def test_climbmix_end_to_end(hub, files, tmp_path):
-    done = prepare_from(hub, tmp_path, HF_TOKEN="secret")
+def test_climbmix_end_to_end(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    done = prepare_in(tmp_path)
     assert done.returncode == 0, done.stderr
-    assert_whole(tmp_path, files)
-    assert set(hub.auth) == {"Bearer secret"}
-    assert "/datasets/karpathy/climbmix-400b-shuffle/resolve/main/shard_06542.parquet" in hub.asked
+    assert shards_of(tmp_path) == FILES
+    repository = "/datasets/karpathy/climbmix-400b-shuffle/resolve/main"
+    assert hub.asked == {(f"{repository}/{name}", "Bearer secret") for name in NAMES}
     assert "without a SHA-256" not in done.stdout
-    total = f"{sum(map(len, files.values())) / 1e6:,.1f}"
-    assert f"downloaded: {total} of {total} MB in 4 files" in done.stdout
-    assert len(hub.served) == 4
-    assert "already prepared" in prepare_from(hub, tmp_path).stdout
-    other = prepare_from(hub, tmp_path, "--num-shards", 1, *SIZES)  # another request, the same shards
-    assert other.returncode == 0
-    assert len(hub.served) == 4
+    assert f"downloaded: {TOTAL} of {TOTAL} MB in 4 files" in done.stdout
+    assert counts_of(tmp_path, "climbmix") == [600, 300, 300]
+    assert "already prepared" in prepare_in(tmp_path).stdout
+    assert "shard_06542.parquet, 3 in all" in prepare_in(tmp_path, "--num-shards", 1).stdout
+    assert len(hub.served) == 4  # another request, the same shards
+
+
+@pytest.mark.parametrize("trouble", [["short"], [503, 429, "short"], ["corrupt", "short", "corrupt"]], ids=str)
+def test_trouble_that_passes(hub, tmp_path, trouble):
+    hub.plan = {name: list(trouble) for name in NAMES[:3]}
+    done = prepare_in(tmp_path)
+    assert shards_of(tmp_path) == FILES, done.stderr
+    assert f"downloaded: {TOTAL} of {TOTAL} MB" in done.stdout  # what came in vain is not counted
 
 
 @pytest.mark.parametrize(
-    "trouble", [["short"], ["corrupt"], [503], [503, 429, "short"], ["corrupt", "short", "corrupt"]]
+    "trouble, said", [("short", "bytes"), ("corrupt", "not the right ones"), (503, "answered 503")]
 )
-def test_trouble_that_passes(hub, files, tmp_path, trouble):
-    hub.plan = {name: list(trouble) for name in NAMES[:3]}
-    done = prepare_from(hub, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert_whole(tmp_path, files)
-    total = f"{sum(map(len, files.values())) / 1e6:,.1f}"
-    assert f"downloaded: {total} of {total} MB" in done.stdout  # what came in vain is not counted
-
-
-@pytest.mark.parametrize("trouble, said", [("short", "bytes"), ("corrupt", "not the right ones"), (503, "503")])
-def test_trouble_that_stays(hub, files, tmp_path, trouble, said):
+def test_trouble_that_stays(hub, tmp_path, trouble, said):
     hub.plan = {NAMES[1]: [trouble] * 99}
-    assert_one_sentence(prepare_from(hub, tmp_path), said, "run this again")
-    kept = {path: path.stat().st_mtime_ns for path in shards_of(tmp_path).iterdir()}
-    names = {path.name for path in kept}
-    assert names <= set(NAMES) - {NAMES[1]}  # and no .part
-    assert not (tmp_path / "climbmix" / "meta.json").exists()
+    assert_one_sentence(prepare_in(tmp_path), said, "run this again")
+    kept = shards_of(tmp_path).keys()
+    assert kept <= FILES.keys() - {NAMES[1]}  # and no .part
+    assert not (tmp_path / "climbmix" / "prepared").exists()
     hub.plan = {}
-    assert prepare_from(hub, tmp_path).returncode == 0
-    assert_whole(tmp_path, files)
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # not fetched again
+    hub.served = []
+    assert prepare_in(tmp_path).returncode == 0
+    assert shards_of(tmp_path) == FILES
+    assert set(hub.served) == FILES.keys() - kept
 
 
-@pytest.mark.parametrize("status", [404, 401, 403])
+@pytest.mark.parametrize("status", [404, 403])
 def test_refusal_is_final_and_not_retried(hub, tmp_path, status):
-    hub.plan = {NAMES[0]: [status, "whole"]}
-    assert_one_sentence(prepare_from(hub, tmp_path), str(status), "HF_TOKEN")
-    assert hub.plan[NAMES[0]] == ["whole"]
+    hub.plan = {NAMES[0]: [status, 503]}
+    assert_one_sentence(prepare_in(tmp_path), f"answered {status}", "HF_TOKEN")
+    assert hub.plan[NAMES[0]] == [503]
 
 
-def test_no_server_is_one_sentence(serve, tmp_path):
-    done = run_prepare(*ARGS, env={"AUTORESEARCH_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert_one_sentence(done, "could not be downloaded")
-
-
-@pytest.mark.parametrize("sizes", [True, False])
-def test_mirror_without_hashes_is_checked_and_said(serve, files, tmp_path, sizes):
-    mirror = serve(hashes=False, sizes=sizes)
-    mirror.plan = {NAMES[0]: ["short"]} if sizes else {}
-    done = prepare_from(mirror, tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_mirror_without_hashes_is_checked_by_size_and_said(hub, tmp_path):
+    hub.headers = {}
+    hub.plan = {NAMES[0]: ["short"]}
+    done = prepare_in(tmp_path)
+    assert shards_of(tmp_path) == FILES, done.stderr
     assert "4 files came without a SHA-256 header" in done.stdout
-    assert_whole(tmp_path, files)
 
 
-def test_mirror_without_any_header_is_opened(serve, tmp_path):
-    mirror = serve({NAMES[0]: b"<html>sign in</html>"}, hashes=False, sizes=False)
-    assert_one_sentence(prepare_from(mirror, tmp_path), "parquet")
-    assert not (shards_of(tmp_path) / NAMES[0]).exists()
+def test_mirror_without_any_header_is_checked_by_opening(hub, tmp_path):
+    hub.headers = {}
+    hub.lengths = False
+    hub.plan = {NAMES[0]: ["short"]}
+    assert_one_sentence(prepare_in(tmp_path), "no whole parquet file")
+    assert NAMES[0] not in shards_of(tmp_path)
 
 
-def test_mirror_that_serves_another_file_is_refused(serve, files, tmp_path):
-    mirror = serve({NAMES[0]: shard(9, 50)}, hashes=False)  # whole and readable, but not what the header says
-    mirror.linked_sizes = {NAMES[0]: len(files[NAMES[0]])}
-    assert_one_sentence(prepare_from(mirror, tmp_path), "not the right ones")
-    assert not (shards_of(tmp_path) / NAMES[0]).exists()
+def test_mirror_that_sends_another_size_than_it_says_is_refused(hub, tmp_path):
+    hub.headers = {"X-Linked-Size": lambda data: len(data) - 1}
+    assert_one_sentence(prepare_in(tmp_path), "not the right ones")
 
 
-def start(hub, home):
-    """A preparation in a process of its own."""
-    env = {**os.environ, "AUTORESEARCH_HOME": str(home), "HF_ENDPOINT": hub.url}
-    return subprocess.Popen([sys.executable, "prepare.py", *map(str, ARGS)], cwd=ROOT, env=env, stderr=subprocess.PIPE)
-
-
-def start_and_stall(hub, home):
-    """The same, when all but the third shard are there."""
+@pytest.fixture
+def stalled(hub, tmp_path):
+    """A preparation in a process of its own, when all but the third shard are there."""
     hub.plan = {NAMES[2]: ["slow"]}
-    running = start(hub, home)
-    while len(list(shards_of(home).glob("*.parquet"))) < 3:
+    process = spawn(tmp_path / "x.py", tmp_path / "home", "--num-shards", 2, *SIZES)
+    while len(hub.served) < 4 or len(list(tmp_path.glob("home/climbmix/shards/*.parquet"))) < 3:
         time.sleep(0.05)
-    return running
+    return process
 
 
-def test_killed_in_the_middle_and_started_again(hub, files, tmp_path):
-    running = start_and_stall(hub, tmp_path)
-    running.kill()
-    running.communicate()
-    assert not (shards_of(tmp_path) / NAMES[2]).exists()
-    served = len(hub.served)
-    assert prepare_from(hub, tmp_path).returncode == 0
-    assert_whole(tmp_path, files)
-    assert hub.served[served:] == [(NAMES[2], "whole")]  # finished shards are kept, the other starts again
+def test_killed_in_the_middle_and_started_again(hub, stalled, tmp_path):
+    stalled.kill()
+    stalled.join()
+    assert NAMES[2] not in shards_of(tmp_path / "home")
+    hub.served = []
+    assert prepare_in(tmp_path / "home").returncode == 0
+    assert shards_of(tmp_path / "home") == FILES
+    assert hub.served == [NAMES[2]]  # finished shards are kept, the other starts again
+    assert prepare_in(tmp_path / "single").returncode == 0
+    assert tree(tmp_path / "single") == tree(tmp_path / "home")
 
 
-def test_interrupt_during_a_download_ends_soon(hub, tmp_path):
-    running = start_and_stall(hub, tmp_path)
-    running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=20)
-    assert running.returncode == 1
-    assert err == b"interrupted; run this again to go on\n"
+def test_interrupt_during_a_download_ends_soon(stalled, tmp_path):
+    os.kill(stalled.pid, signal.SIGINT)
+    stalled.join(20)
+    assert stalled.exitcode == 1
+    assert (tmp_path / "x.log").read_text().splitlines()[-1] == "interrupted; run this again to go on"
 
 
-def test_two_preparations_at_once(hub, files, tmp_path):
-    both = [start(hub, tmp_path) for _ in range(2)]
-    for process in both:
-        process.communicate(timeout=100)
-    assert [process.returncode for process in both] == [0, 0]
-    assert_whole(tmp_path, files)
-    assert len(hub.served) == 4
-    assert prepare_from(hub, tmp_path / "single").returncode == 0
-    assert tree(tmp_path / "single" / "climbmix") == tree(tmp_path / "climbmix")
-
-
-class FullDisk:
+class FullDisk(io.FileIO):
     """A file that takes some bytes and then has no room."""
 
-    def __init__(self, file):
-        self.file = file
-        self.room = 30_000
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
     def write(self, data):
-        self.room -= len(data)
-        if self.room < 0:
+        if self.tell() + len(data) > 3000:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return self.file.write(data)
+        return super().write(data)
 
 
 @pytest.mark.parametrize("kind", [".part", ".tokens"])
 def test_full_disk_is_one_sentence_and_leaves_no_half_file(hub, tmp_path, monkeypatch, kind):
-    import prepare
-
     def opened(path, mode="r"):
-        file = open(path, mode)
-        return FullDisk(file) if str(path).endswith(kind) and "w" in mode else file
+        return FullDisk(path, "w") if str(path).endswith(kind) and "w" in mode else open(path, mode)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(prepare, "open", opened, raising=False)
-        assert_one_sentence(prepare_from(hub, tmp_path), "disk is full", "free some room", "AUTORESEARCH_HOME")
-    names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert not [name for name in names if name.endswith((".part", ".tokens"))]
-    assert "meta.json" not in names
-    assert prepare_from(hub, tmp_path).returncode == 0
+    monkeypatch.setattr(prepare, "open", opened, raising=False)
+    assert_one_sentence(prepare_in(tmp_path), "disk is full", "free some room", "AUTORESEARCH_HOME")
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {"", ".parquet"}
+    assert len(hub.served) <= 4  # a full disk is no trouble that passes
 
 
 def test_tinystories_rows_go_to_their_splits(hub, tmp_path, monkeypatch):
-    import prepare
-
     monkeypatch.setattr(prepare, "TINYSTORIES_HELD_OUT", 100)
-    hub.files = {"tinystories_gpt4_clean.parquet": shard(7, 1000)}
-    done = prepare_from(hub, tmp_path, "--dataset", "tinystories", *SIZES)
+    texts = documents(7, 1000, size=30)
+    hub.files = {"tinystories_gpt4_clean.parquet": parquet(texts, row_group=120)}
+    done = prepare_in(tmp_path, "--dataset", "tinystories")
     assert done.returncode == 0, done.stderr
-    assert "/datasets/karpathy/tinystories-gpt4-clean/resolve/main/tinystories_gpt4_clean.parquet" in hub.asked
-    folder = tmp_path / "tinystories"
-    splits = json.loads((folder / "meta.json").read_text())["splits"]
-    assert {name: facts["documents"] for name, facts in splits.items()} == {"audit": 100, "val": 100, "train": 800}
-    first = np.fromfile(folder / "val.tokens", "<u2")[1:40].tolist()
-    assert words(7100, 60).startswith(prepare.Tokenizer.from_directory(folder).decode(first)[:30])
+    assert "/datasets/karpathy/tinystories-gpt4-clean/resolve/main/" in str(hub.asked)
+    assert counts_of(tmp_path, "tinystories") == [800, 100, 100]
+    assert texts_of(tmp_path, "val", "tinystories") == texts[100:200]
+
+
+# -- FlashAttention-3, which kernels brings from the hub
+
+COMMIT = "0123456789" * 4
+
+
+@pytest.fixture
+def get_kernel(monkeypatch, tmp_path):
+    """What kernels is asked for, with its real signature; it answers with a module out of the hub's cache."""
+    import kernels
+
+    found = mock.Mock(__file__=f"/cache/snapshots/{COMMIT}/build/__init__.py")
+    monkeypatch.setattr(kernels, "get_kernel", mock.create_autospec(kernels.get_kernel, return_value=found))
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    return kernels.get_kernel
+
+
+def test_a_run_asks_no_network_for_flash_attention(get_kernel):
+    with pytest.raises(prepare.PrepareError, match="not fetched; run: uv run prepare.py"):
+        prepare.load_flash_attention()
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert not get_kernel.called
+
+
+def test_flash_attention_is_fetched_once_and_stays_the_same_commit(get_kernel):
+    prepare.load_flash_attention(offline=False)
+    get_kernel.assert_called_once_with(prepare.FLASH, version=1)
+    assert prepare.load_flash_attention() is get_kernel.return_value.flash_attn_func
+    prepare.load_flash_attention(offline=False)
+    assert get_kernel.call_args_list[1:] == [mock.call(prepare.FLASH, revision=COMMIT)] * 2
