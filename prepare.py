@@ -721,6 +721,8 @@ def prepare(args):
         if not ours:
             print(f"another preparation is running in {home()}; waiting for it", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in ("building", "old"):  # by a run that was killed
+            shutil.rmtree(place.with_name(left), ignore_errors=True)
         corpora = {"python": lambda: python_corpus(sizes[1]), "local": lambda: local_corpus(args.path, sizes[1])}
         corpus = corpora.get(args.dataset, lambda: hub_corpus(args))()
         wanted = Wanted(corpus.source, *sizes)
@@ -744,8 +746,6 @@ def build(place, corpus, wanted):
     """Makes a dataset beside its place and moves it there; returns its meta. Raises PrepareError."""
     building = place.with_name("building")
     old = place.with_name("old")
-    for left in (building, old):  # by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
     building.mkdir()
     try:
         print("training the tokenizer", flush=True)
@@ -978,6 +978,7 @@ LEAK = 1e-3  # nats: what a token that must not matter may move, unless the devi
 ROUNDING = 0.2  # nats: more is no rounding
 SLICE = 1 << 26  # logits scored at a time: 256 MB in fp32
 NOT_FINITE = "the model's logits hold NaN or infinity, or are too large for fp32; lower a learning rate and run again"
+CAT = torch.cat
 BASE = torch._C.TensorBase  # its methods cannot be replaced, unlike those of torch.Tensor and torch.nn.functional
 
 
@@ -1009,7 +1010,7 @@ class Judge:
                     self.refuse_infinity(part)
                 log_p = BASE.gather(BASE.log_softmax(part, -1), 2, goal.unsqueeze(2)).squeeze(2)
                 parts.append(BASE.masked_fill(BASE.neg(log_p), self.sizes[goal] == 0, 0))
-            nats = torch.cat(parts)
+            nats = CAT(parts)
             require(math.isfinite(BASE.sum(nats).item()), NOT_FINITE, "nan")
         return nats
 
@@ -1060,7 +1061,8 @@ class Judge:
         got = {n: self.nats(calls[n], targets) for n in self.random.permutation(len(calls)).tolist()}
         for n, (_, kept) in enumerate(made, 1):
             self.require_kept(ids, targets, (got[0] - got[n]).abs().masked_fill(~kept, 0))
-        return got[0].sum(dim=1).cpu().double()
+        with torch._C.DisableTorchFunction():
+            return BASE.double(BASE.cpu(BASE.sum(got[0], 1)))
 
 
 def draw_probes(random, batches, B, T):
@@ -1106,7 +1108,8 @@ def bits_per_byte(model, dataset, batch_size, split, device):
     change = (nats[number] - judge.score_batch(*batch(number))).abs().max().item() / T
     said = f"a batch, scored again, differed by {change:.2g} nats a token: the model learns while it is judged"
     require(change <= max(1e-4, judge.jitter), f"{said}; correct train.py")
-    total = torch.cat([nats[number] for number in range(batches)])[:count].sum().item()
+    with torch._C.DisableTorchFunction():
+        total = BASE.item(BASE.sum(CAT([nats[number] for number in range(batches)])[:count]))
     return total / (math.log(2) * int(sizes[rows[:count, 1:]].sum()))
 
 

@@ -128,7 +128,7 @@ def judge(record, records, base, kept):
     below = level(theirs, sd, table[0].code != base_runs[0].code, sign)
     gain = sign * (below - mean(mine))
     need = (KEEP_IN_SLOTS if record.slot else KEEP) * sd / math.sqrt(len(mine))
-    code = "keep" if gain > need and mine is not theirs else "discard"
+    code = "keep" if gain > need else "discard"
     parts = [f"gain {gain:+.6f}", f"on {base[:7]} at {below:.6f} of {len(theirs)} runs", known]
     if sd:
         parts.insert(1, f"{gain / sd:+.1f} sd, keep above {need / sd:.1f}")

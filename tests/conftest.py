@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,7 @@ for name, folder in {
     os.environ[name] = str(SCRATCH / folder)
 os.environ.update(
     NO_PROXY="127.0.0.1,localhost",
+    OMP_NUM_THREADS="1",  # a worker a core: threads of two workers would wait for each other
     GIT_CONFIG_GLOBAL="/dev/null",
     GIT_AUTHOR_NAME="t",
     GIT_COMMITTER_NAME="t",
@@ -157,6 +159,9 @@ def tree(folder):
     }
 
 
+SMALLER = "batch_tokens=2**10, micro_tokens=2**9, eval_tokens=2**11, muon"  # what a test can wait for
+
+
 @pytest.fixture
 def project(tmp_path):
     """A git repository with the files that a training needs, as a user has them."""
@@ -167,6 +172,17 @@ def project(tmp_path):
     shutil.copytree(ROOT / "referee", folder / "referee", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run("git init -q && git add -A && git commit -qm start", shell=True, cwd=folder, check=True)
     return folder
+
+
+@pytest.fixture
+def small_project(project):
+    """The same with a CPU tier of small batches."""
+    script = project / "train.py"
+    text = script.read_text()
+    script.write_text(re.sub(r"batch_tokens=2\*\*12,\s.*\s.*\s+muon", SMALLER, text))
+    assert script.read_text() != text
+    subprocess.run(["git", "commit", "-qam", "smaller"], cwd=project, check=True)
+    return project
 
 
 @pytest.fixture(scope="session")

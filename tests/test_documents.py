@@ -64,7 +64,7 @@ def hub(monkeypatch):
 
 
 @pytest.mark.timeout(300)
-def test_every_command_of_the_readme_runs(hub, project, text_folder, tmp_path):
+def test_every_command_of_the_readme_runs(hub, small_project, text_folder, tmp_path):
     home = tmp_path / "home"
     environment = {**os.environ, "AUTORESEARCH_HOME": str(home), "TMPDIR": str(tmp_path), "TORCH_COMPILE_DISABLE": "1"}
     for command in commands(README):
@@ -77,8 +77,8 @@ def test_every_command_of_the_readme_runs(hub, project, text_folder, tmp_path):
             assert done.returncode == 0, (command, done.stdout, done.stderr)
         elif script == "train.py":
             full = {**environment, **given, "TIME_BUDGET": "1"}
-            status = run_script("train.py", project, full, project / "run.log")
-            assert status == 0, (command, (project / "run.log").read_text())
+            status = run_script("train.py", small_project, full, small_project / "run.log")
+            assert status == 0, (command, (small_project / "run.log").read_text())
         elif script == "referee" or script.startswith("bench/"):  # run in full by the tests of nights, by hand
             done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0, (command, done.stderr)

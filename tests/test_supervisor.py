@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
 from stage import Stage, next_of, quick_referee, train_text
 
 from referee import run
@@ -236,13 +238,9 @@ def test_what_lint_finds_by_hand_is_a_doubt(fresh):
 
 
 def test_a_record_of_its_own_making_is_noticed(fresh):
-    text = train_text().replace("    prepare", "    open('runs/mine.json', 'w').close()\n    prepare")
-    (fresh.folder / "train.py").write_text(text.replace("    open", "    prepare.run.guard.__name__\n    open"))
     body = "\n\ndef cheat():\n    open('runs/mine.json', 'w').close()\n\n\nend = cheat\n"
     stand_in = fresh.folder / "prepare.py"
-    stand_in.write_text(
-        stand_in.read_text().replace("        end(deed)\n", "        sys.modules['__main__'].cheat()\n")
-    )
+    stand_in.write_text(stand_in.read_text().replace("        end(deed)\n", "        __import__('__main__').cheat()\n"))
     (fresh.folder / "train.py").write_text(train_text().replace("if __name__", body + "if __name__"))
     fresh.git("commit", "-qam", "sly")
     assert "the harness's records were written past it" in by_hand(fresh)[1]
@@ -270,12 +268,13 @@ def test_a_score_is_kept_where_the_record_cannot_be_overwritten(fresh):
     assert json.loads(Path(spare).read_text())["score"] is not None
 
 
-@pytest.mark.parametrize("value", ["numpy.int64(7)", "numpy.float32(1.5)", "torch.tensor(3)", "{'a': [object()]}"])
-def test_figures_of_other_types_do_not_lose_the_record(value):
-    import numpy  # noqa: F401
-    import torch  # noqa: F401
+@pytest.mark.parametrize("value", [numpy.int64(7), numpy.float32(7), torch.tensor(7)])
+def test_a_number_of_another_type_is_written_as_a_number(value):
+    assert json.loads(json.dumps(run.plain({"figure": value}))) == {"figure": 7}
 
-    json.dumps(run.plain({"figure": eval(value)}))
+
+def test_what_json_does_not_know_is_written_as_text():
+    assert "object" in json.dumps(run.plain({"figure": {"a": [object()]}}))
 
 
 # -- the command line
