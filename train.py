@@ -47,7 +47,7 @@ class Knobs:
     rope_base: float = 200_000.0
     qk_scale: float = 1.15  # root mean square of q and k after their norm: attention's logits grow with its square
     softcap: float = 15.0  # * logits are squeezed into +-softcap; 0 leaves them alone
-    pair_rows: int = 0  # * rows of a hashed table of token pairs that is added to the embedding; 0 for none
+    ngram_rows: tuple = ()  # * rows of hashed tables that are added to the embedding: of pairs, of triples, and so on
     value_gate_channels: int = 32  # channels of the normed input that gate the value embeddings
     taps: int = 0  # * earlier tokens that a short convolution mixes into the input of attention and MLP; 0 for none
     # initial values
@@ -75,7 +75,7 @@ class Knobs:
     embedding_decay: float = 0.001  # times the rate, as in the next two
     value_embedding_decay: float = 0.003
     head_decay: float = 0.01
-    pair_lr: float = 0.3  # as it is for every width; one second moment a row, no momentum
+    ngram_lr: float = 0.3  # as it is for every width; one second moment a row, no momentum
     # Muon
     matrix_lr: float = 0.04  # times sqrt(max(1, rows / columns))
     muon_momentum: tuple = (0.85, 0.95)  # from, to
@@ -89,16 +89,16 @@ class Knobs:
 
     def __post_init__(self):
         """Raises PrepareError, which names every check that the values fail."""
-        counts = (self.depth, self.mlp_ratio, self.batch_tokens, self.micro_tokens, self.eval_tokens)
+        counts = (self.depth, self.mlp_ratio, self.batch_tokens, self.micro_tokens, self.eval_tokens, *self.ngram_rows)
         ramps = (self.warmup, self.warmdown)
         checks = {
             "width is not a multiple of head_dim": self.width % self.head_dim == 0,
             "head_dim is odd": self.head_dim % 2 == 0,
             "window_pattern has letters besides S and L": set(self.window_pattern) in ({"S"}, {"L"}, {"S", "L"}),
             "short_window is not in (0, 1]": 0 < self.short_window <= 1,
-            "softcap, pair_rows or taps is below 0": min(self.softcap, self.pair_rows, self.taps) >= 0,
+            "softcap or taps is below 0": min(self.softcap, self.taps) >= 0,
             "value_gate_channels is not between 1 and width": 0 < self.value_gate_channels <= self.width,
-            "depth, mlp_ratio or a token count is below 1": min(counts) >= 1,
+            "depth, mlp_ratio, a count of tokens or one of ngram_rows is below 1": min(counts) >= 1,
             "batch_tokens is not a multiple of micro_tokens": self.batch_tokens % max(1, self.micro_tokens) == 0,
             "warmup or warmdown is below 0, or their sum above 1": min(ramps) >= 0 and sum(ramps) <= 1,
         }
@@ -124,7 +124,7 @@ TIERS = {  # a GPU's memory in GB picks its row
         eval_tokens=2**14,
         muon_momentum_steps=100,
         softcap=0.0,
-        pair_rows=2**15,
+        ngram_rows=(2**17, 2**18),
         taps=3,
     ),
 }
@@ -204,10 +204,16 @@ class Block(nn.Module):
         return x + self.down(hidden * hidden)  # square() would be fp32 under CUDA's autocast
 
 
-def hash_pairs(ids, vocab_size, rows):  # ids: (B, T) -> (B, T), in [0, rows)
-    """A row for each token and the one before it (0 before the first), by Knuth's multiplicative hashing."""
-    pairs = F.pad(ids[:, :-1], (1, 0)) * vocab_size + ids
-    return ((pairs * 2_654_435_761 & 0xFFFF_FFFF) * rows) >> 32
+HASH = 0x9E37_79B9_7F4A_7C15 - 2**64  # 2^64 over the golden ratio, odd, as a signed number
+
+
+def hash_ngrams(ids, n, rows):  # ids: (B, T) -> (B, T), in [0, rows)
+    """A row for each token with the n - 1 before it (0 before the first), by multiplicative hashing (Knuth)."""
+    key = ids
+    for behind in range(1, n):
+        key = key * HASH + F.pad(ids, (behind, 0))[:, : ids.size(1)]
+    high = (key * HASH >> 32) & 0xFFFF_FFFF  # the products wrap at 2^64; the upper half depends on every bit
+    return high * rows >> 32
 
 
 def block_windows(knobs, T):
@@ -236,7 +242,7 @@ class GPT(nn.Module):
         has_values = [i % 2 == (L - 1) % 2 for i in range(L)]  # every other block, the last included
         self.embedding = nn.Embedding(vocab_size, C)
         self.value_embeddings = nn.ModuleDict({str(i): nn.Embedding(vocab_size, C) for i in range(L) if has_values[i]})
-        self.pairs = nn.Embedding(knobs.pair_rows, C) if knobs.pair_rows else None
+        self.ngrams = nn.ModuleList(nn.Embedding(rows, C, sparse=True) for rows in knobs.ngram_rows)
         self.blocks = nn.ModuleList(Block(knobs, attend, self.windows[i], has_values[i]) for i in range(L))
         self.head = nn.Linear(C, vocab_size, bias=False)
         self.residual_scale = nn.Parameter(torch.full((L,), knobs.residual_init))
@@ -262,8 +268,8 @@ class GPT(nn.Module):
         self.head.weight.normal_(std=self.knobs.head_std)
         for table in self.value_embeddings.values():
             table.weight.uniform_(-bound, bound)
-        if self.pairs is not None:
-            self.pairs.weight.zero_()
+        for table in self.ngrams:
+            table.weight.zero_()
         for block in self.blocks:
             attention = block.attention
             for matrix in (attention.query, attention.key, attention.value, block.up):
@@ -273,10 +279,14 @@ class GPT(nn.Module):
             if attention.gate is not None:
                 attention.gate.weight.zero_()  # a gate starts at 1
 
+    @torch.compiler.disable  # it knows no sparse gradients
+    def look_up_ngrams(self, ids):  # ids: (B, T) -> (B, T, C)
+        return sum(table(hash_ngrams(ids, n, table.num_embeddings)) for n, table in enumerate(self.ngrams, start=2))
+
     def hidden(self, ids):  # ids: (B, T) -> (B, T, C), normed
         x = self.embedding(ids)  # (B, T, C)
-        if self.pairs is not None:
-            x = x + self.pairs(hash_pairs(ids, self.embedding.num_embeddings, self.pairs.num_embeddings))
+        if len(self.ngrams):
+            x = x + self.look_up_ngrams(ids)
         x0 = norm(x)
         x = x0
         for i, block in enumerate(self.blocks):
@@ -367,13 +377,18 @@ def adamw_update(params, grads, averages, squares, *, lr, betas, eps, decay, ste
         p.copy_(p * (1 - lr * decay) - lr / (1 - beta1**step) * (m / denominator))
 
 
-def rows_update(params, grads, squares, *, lr, beta2, eps, step):
-    """One Adam step without momentum, with one second moment a row (after Adafactor, arXiv:1804.04235): for a table of
-    which a batch touches few rows, it moves a third of the memory. params: tables (rows, C). squares: (rows, 1) each."""
-    for table, grad, square in zip(params, grads, squares):
-        g = grad.float()
-        square.copy_(beta2 * square + (1 - beta2) * g.square().mean(dim=-1, keepdim=True))
-        table.copy_(table - lr * g / ((square / (1 - beta2**step)).sqrt() + eps))
+def rows_update(table, grad, square, seen, *, lr, beta2, eps, step):
+    """One Adam step without momentum, with one second moment a row (after Adafactor, arXiv:1804.04235), that computes
+    only the rows a batch has touched: the others' moment decays when they are touched next, which is the same. table:
+    (rows, C). grad: a sparse tensor like it. square: (rows, 1). seen: (rows, 1), the step that touched a row last."""
+    grad = grad.coalesce()
+    rows = grad.indices()[0]
+    g = grad.values().float()
+    moment = beta2 ** (step - seen[rows]) * square[rows] + (1 - beta2) * g.square().mean(dim=-1, keepdim=True)
+    square[rows] = moment
+    seen[rows] = step
+    update = lr * g / ((moment / (1 - beta2**step)).sqrt() + eps)
+    table.index_add_(0, rows, -update.to(table.dtype))
 
 
 class Group:
@@ -427,15 +442,18 @@ class AdamW(Group):
 
 
 class RowAdam(Group):
-    """Tables with one second moment a row and no momentum."""
+    """Tables with sparse gradients, with one second moment a row and no momentum. Not compiled: a batch touches as many
+    rows as it likes."""
 
-    def __init__(self, params, update, *, lr, beta2, eps):
-        super().__init__(params, update, lr)
+    def __init__(self, params, *, lr, beta2, eps):
+        super().__init__(params, rows_update, lr)
         self.fixed = dict(beta2=beta2, eps=eps)
         self.squares = [self.zeros(len(p), 1) for p in self.params]
+        self.seen = [self.zeros(len(p), 1) for p in self.params]
 
     def apply(self, grads):
-        self.update(self.params, grads, self.squares, lr=self.lr, step=self.steps, **self.fixed)
+        for table, grad, square, seen in zip(self.params, grads, self.squares, self.seen):
+            self.update(table, grad, square, seen, lr=self.lr, step=self.steps, **self.fixed)
 
 
 class Optimizer:
@@ -477,10 +495,8 @@ def make_optimizer(model, compiler=uncompiled):
         AdamW([model.residual_scale], adamw, lr=k.residual_lr, **common),
         AdamW([model.x0_scale], adamw, lr=k.x0_lr, betas=k.x0_betas, eps=k.adam_eps),
         AdamW(taps, adamw, lr=k.taps_lr, **common),
+        RowAdam(model.ngrams.parameters(), lr=k.ngram_lr, beta2=k.adam_betas[1], eps=k.adam_eps),
     ]
-    if model.pairs is not None:
-        rows = compiler(rows_update)
-        groups.append(RowAdam([model.pairs.weight], rows, lr=k.pair_lr, beta2=k.adam_betas[1], eps=k.adam_eps))
     shapes = {}
     for module in model.blocks.modules():
         if isinstance(module, nn.Linear):

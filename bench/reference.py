@@ -35,7 +35,7 @@ ON_CPU = dict(  # what the first release changed of it for a CPU, and what the C
     batch_tokens=2**13,
     micro_tokens=2**13,
     muon_momentum_steps=100,
-    pair_rows=0,
+    ngram_rows=(),
     taps=0,
 )
 ARMS = {"reference": REFERENCE, "shipped": {}}

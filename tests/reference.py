@@ -31,7 +31,7 @@ def cpu_knobs(**changes):
 def tiny(path=train.sdpa_attention, dtype=torch.float32, seed=3, length=T, **changes):
     """A model of two blocks as it starts, with the knobs of the CPU tier."""
     torch.manual_seed(seed)
-    knobs = cpu_knobs(**{**TINY, "pair_rows": 97, **changes})
+    knobs = cpu_knobs(**{**TINY, "ngram_rows": (97, 101), **changes})
     return train.GPT(knobs, V, length, CPU, path(CPU, length, train.block_windows(knobs, length)), dtype)
 
 

@@ -39,7 +39,7 @@ def test_causal_and_rows_apart(path, taps, pattern):
 
 @torch.no_grad()
 def test_short_windows_limit_what_a_block_sees():
-    model = redraw(small(depth=2, window_pattern="S", short_window=0.25, pair_rows=0))
+    model = redraw(small(depth=2, window_pattern="S", short_window=0.25, ngram_rows=()))
     assert model.windows == [6, LENGTH]  # the last block always sees the whole row
     model.blocks[1].attention.window = 6
     changed = IDS.clone()
@@ -97,8 +97,9 @@ class PlainGPT:
 
     def logits(self, ids):  # ids: (T,) -> (T, V)
         w = self.weights
-        rows = train.hash_pairs(ids[None], V, self.knobs.pair_rows or 1)[0]
-        first = w["embedding.weight"][ids] + (w["pairs.weight"][rows] if self.knobs.pair_rows else 0)
+        first = w["embedding.weight"][ids]
+        for i, rows in enumerate(self.knobs.ngram_rows):
+            first = first + w[f"ngrams.{i}.weight"][train.hash_ngrams(ids[None], i + 2, rows)[0]]
         x0 = list(self.normed(first))
         xs = x0
         for i in range(self.knobs.depth):
@@ -117,7 +118,7 @@ class PlainGPT:
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(pair_rows=0, softcap=2.0),
+        dict(ngram_rows=(), softcap=2.0),
         dict(taps=2, softcap=0.0, rope_base=100.0),
         dict(depth=2, window_pattern="S", qk_scale=1.5),
     ],
@@ -131,9 +132,10 @@ def test_the_model_computes_what_it_says(changes):
     torch.testing.assert_close(model(IDS[:1], TARGETS[:1]), loss, atol=1e-3, rtol=1e-3)
 
 
-def test_what_the_shipped_table_and_taps_add_starts_at_nothing():
+def test_what_the_shipped_tables_and_taps_add_starts_at_nothing():
     model = small(taps=2)
-    assert not model.pairs.weight.any()
+    assert len(model.ngrams) == 2
+    assert not any(table.weight.any() for table in model.ngrams)
     assert not any(mix.weight.any() for mix in model.modules() if isinstance(mix, train.ShortConvolution))
 
 
@@ -158,22 +160,23 @@ def test_a_bf16_model_is_bf16_throughout_where_autocast_norms_in_fp32(monkeypatc
     assert seen == [torch.bfloat16] * (5 * 3 + 1)
 
 
-def test_pairs_are_hashed_by_token_and_predecessor():
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_ngrams_are_hashed_by_token_and_predecessors(n):
     ids = draw_ids(64, 257, vocab=8192)
-    rows = train.hash_pairs(ids, 8192, 5000)
-    counts = torch.bincount(rows.flatten(), minlength=5000).float()  # 3.29 pairs a row, Poisson if the hash is good
+    rows = train.hash_ngrams(ids, n, 5000)
+    counts = torch.bincount(rows.flatten(), minlength=5000).float()  # 3.29 a row, Poisson if the hash is good
     assert len(counts) == 5000
     assert counts.var().item() == pytest.approx(counts.mean().item(), rel=0.1)
-    for t in (0, 5, 255):  # a token moves its own row and its successor's, and no other
+    for t in (0, 5, 250):  # a token moves its own row and those of the next n - 1, and no other
         other = ids.clone()
         other[:, t] = (ids[:, t] + 1) % 8192
-        moved = (train.hash_pairs(other, 8192, 5000) != rows).float().mean(0)
-        assert moved[t : t + 2].min() > 0.9
-        assert moved[:t].sum() + moved[t + 2 :].sum() == 0
-    _, forth, back = train.hash_pairs(torch.tensor([[3, 7, 3]]), 8192, 5000)[0]
+        moved = (train.hash_ngrams(other, n, 5000) != rows).float().mean(0)
+        assert moved[t : t + n].min() > 0.9
+        assert moved[:t].sum() + moved[t + n :].sum() == 0
+    _, forth, back = train.hash_ngrams(torch.tensor([[3, 7, 3]]), n, 5000)[0]
     assert forth != back
-    largest = train.hash_pairs(torch.full((1, 2), 65535), 65536, 2**22)
-    assert 0 <= largest.min() <= largest.max() < 2**22  # no overflow at the largest vocabulary
+    largest = train.hash_ngrams(torch.full((1, 4), 65535), n, 2**22)
+    assert 0 <= largest.min() <= largest.max() < 2**22  # though the products wrap
 
 
 # -- the shipped recipe and the reference's
@@ -240,7 +243,7 @@ WRONG = {
     "window_pattern": dict(window_pattern="SX"),
     "short_window": dict(short_window=0.0),
     "softcap": dict(softcap=-1.0),
-    "pair_rows": dict(pair_rows=-1),
+    "ngram_rows": dict(ngram_rows=(8, 0)),
     "value_gate_channels": dict(value_gate_channels=999),
     "depth": dict(depth=0),
     "batch_tokens is not a multiple": dict(batch_tokens=100, micro_tokens=64),
@@ -329,7 +332,7 @@ def test_the_model_is_one_graph_for_training_and_one_for_evaluation():
         graphs.append(graph)
         return graph.forward
 
-    model = tiny(train.chunked_attention, taps=2, length=LENGTH)
+    model = tiny(train.chunked_attention, taps=2, ngram_rows=(), length=LENGTH)
     forward = torch.compile(model, dynamic=False, fullgraph=True, backend=backend)
     for _ in range(2):
         forward(IDS, TARGETS).backward()

@@ -20,7 +20,7 @@ from zygote import run_script
 import train
 from bench.reference import REFERENCE, abba, arm_source
 
-LOOP = dict(window_pattern="L", pair_rows=0, taps=0, warmdown=0.5, final_lr=0.0, x0_init=0.1)
+LOOP = dict(window_pattern="L", ngram_rows=(), taps=0, warmdown=0.5, final_lr=0.0, x0_init=0.1)
 KNOBS = cpu_knobs(**TINY)
 PROGRESS = train.Progress
 
@@ -82,7 +82,7 @@ def everything(model, optimizer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_warm_up_leaves_no_trace(dtype):
-    model, optimizer = model_and_optimizer(pair_rows=64, taps=2, micro_tokens=64, eval_tokens=128, dtype=dtype)
+    model, optimizer = model_and_optimizer(ngram_rows=(64, 64), taps=2, micro_tokens=64, eval_tokens=128, dtype=dtype)
     step = optimizer.step
     steps = []
 
