@@ -1,6 +1,5 @@
 """The one table that says what comes next, alone or in slots: need_of() what a trial needs, WORDS how that is said."""
 
-import contextlib
 import datetime
 import json
 import subprocess
@@ -91,17 +90,21 @@ def is_on_its_way(night, trial):
     """Whether a run of it is queued, runs, or has ended a moment ago and its record is still to come."""
     if trial.jobs or any(run.may_be_running for run in trial.runs):
         return True
+    if not night.in_slots:
+        return False
     ended = {str(run.seed) for run in trial.runs if run.kind != "lost"}
-    for log in night.folder.glob(f"{trial.commit.hash}-*.log") if night.in_slots else ():
-        with contextlib.suppress(OSError):
-            fresh = time.time() - log.stat().st_mtime < SETTLING
-            if (
-                fresh
-                and log.stem.rpartition("-")[2] not in ended
-                and not (tail(log, 1) or [""])[0].startswith("FAIL: ")
-            ):
-                return True
-    return False
+    logs = night.folder.glob(f"{trial.commit.hash}-*.log")
+    return any(log.stem.rpartition("-")[2] not in ended and was_just_written(log) for log in logs)
+
+
+def was_just_written(log):
+    """Whether a slot wrote to a log a moment ago, and not that the run had failed before it had a record."""
+    try:
+        age = time.time() - log.stat().st_mtime
+    except OSError:
+        return False
+    failed = any(line.startswith("FAIL: ") for line in tail(log, 1))
+    return age < SETTLING and not failed
 
 
 def waits_for_baseline(night, trial):

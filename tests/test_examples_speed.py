@@ -45,7 +45,8 @@ def engine(tmp_path):
 
 
 def ratio(path=FOLDER / "templates.py"):
-    return ruler.render_time(path, rounds=6)
+    """The least of three short measurements: a busy machine moves one of them by a tenth."""
+    return min(ruler.render_time(path, rounds=6) for _ in range(3))
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def test_rows_share_one_second_moment_and_untouched_ones_stay():
 
 
 def test_a_row_that_stands_at_several_places_moves_once_by_the_sum():
-    at_places = torch.sparse_coo_tensor([[1, 2, 1]], draw(3, 5), (4, 5))
+    at_places = torch.sparse_coo_tensor([[1, 2, 1]], draw(3, 5), (4, 5), check_invariants=True)
     tables = [torch.ones(4, 5), torch.ones(4, 5)]
     apply(row_adam(tables[0]), at_places)
     apply(row_adam(tables[1]), at_places.to_dense().to_sparse(1))
