@@ -93,7 +93,7 @@ def kept_below(book, ancestors):
 
 def verdict_on(record, records, book, ancestors):
     """The Verdict on a record, given all records, the log, and the commits below its own."""
-    others = [run for run in records if run is not record]
+    others = [run for run in records if run != record]
     base = kept_below(book, ancestors)
     first = base is None and not book.names_a_keep()
     return judge(record, others, base, first or book.status(record.commit) == "keep")

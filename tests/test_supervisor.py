@@ -36,6 +36,7 @@ def test_a_run_by_hand_has_a_record_and_a_verdict_and_leaves_nothing_else(fresh)
     status, out = by_hand(fresh)
     assert status == 0
     assert last(out).startswith("verdict:          baseline (mean")
+    assert "ran before" not in last(out)
     (record,) = fresh.records
     assert record["commit"] == fresh.git("rev-parse", "HEAD")
     assert record["score"] == pytest.approx(1.0, abs=0.01)
