@@ -15,7 +15,8 @@ def tests_that_ran(folder):
 def tests_that_exist():
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "", "-n", "0"]
     out = subprocess.run(command, capture_output=True, text=True).stdout
-    return [line.replace(".py::", ".").replace("/", ".") for line in out.splitlines() if "::" in line]
+    lines = [line.partition(".py::") for line in out.splitlines() if "::" in line]
+    return [f"{path.replace('/', '.')}.{name}" for path, _, name in lines]
 
 
 if __name__ == "__main__":
