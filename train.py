@@ -70,7 +70,7 @@ class Knobs:
     value_embedding_lr: float = 0.9
     head_lr: float = 0.005
     taps_lr: float = 0.02
-    adam_betas: tuple = (0.8, 0.95)
+    adam_betas: tuple = (0.8, 0.95)  # *
     adam_eps: float = 1e-10
     embedding_decay: float = 0.001  # times the rate, as in the next two
     value_embedding_decay: float = 0.003
@@ -122,6 +122,7 @@ TIERS = {  # a GPU's memory in GB picks its row
         batch_tokens=2**12,
         micro_tokens=2**12,
         eval_tokens=2**14,
+        adam_betas=(0.6, 0.99),
         muon_momentum_steps=100,
         softcap=0.0,
         ngram_rows=(2**17, 2**18),
@@ -283,10 +284,10 @@ class GPT(nn.Module):
     def look_up_ngrams(self, ids):  # ids: (B, T) -> (B, T, C)
         return sum(table(hash_ngrams(ids, n, table.num_embeddings)) for n, table in enumerate(self.ngrams, start=2))
 
-    def hidden(self, ids):  # ids: (B, T) -> (B, T, C), normed
+    def hidden(self, ids, ngrams):  # ids: (B, T); ngrams: (B, T, C) or None -> (B, T, C), normed
         x = self.embedding(ids)  # (B, T, C)
-        if len(self.ngrams):
-            x = x + self.look_up_ngrams(ids)
+        if ngrams is not None:
+            x = x + ngrams
         x0 = norm(x)
         x = x0
         for i, block in enumerate(self.blocks):
@@ -294,14 +295,15 @@ class GPT(nn.Module):
             x = block(self.residual_scale[i] * x + self.x0_scale[i] * x0, values, self.cos, self.sin)
         return norm(x)
 
-    def logits(self, ids):  # ids: (B, T) -> (B, T, V), in fp32
-        logits = self.head(self.hidden(ids)).float()
+    def logits(self, ids, ngrams):  # -> (B, T, V), in fp32
+        logits = self.head(self.hidden(ids, ngrams)).float()
         cap = self.knobs.softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(self, ids, targets=None):  # ids, targets: (B, T)
+        ngrams = self.look_up_ngrams(ids) if len(self.ngrams) else None  # first: all behind it is compiled as one
         with torch.autocast(ids.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.logits(ids)
+            logits = self.logits(ids, ngrams)
             return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def flops_per_token(self):

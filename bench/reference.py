@@ -34,6 +34,7 @@ ON_CPU = dict(  # what the first release changed of it for a CPU, and what the C
     softcap=15.0,
     batch_tokens=2**13,
     micro_tokens=2**13,
+    adam_betas=(0.8, 0.95),
     muon_momentum_steps=100,
     ngram_rows=(),
     taps=0,

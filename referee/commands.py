@@ -135,11 +135,11 @@ def end_of(night, record):
         return [*log, f"FAIL: {record.kind}: {record.fail['sentence']}"]
     figures = record.figures
     lines = {night.experiment.metric: record.score_text, "audit": record.audit and f"{record.audit:.6f}"}
-    for name, key in (("peak_vram_mb", "memory_mb"), ("num_params_M", "params"), ("total_tokens_M", "tokens")):
-        value = figures.get(key)
-        lines[name] = value and (f"{value:.1f}" if key == "memory_mb" else f"{value / 1e6:.1f}")
     base = [run for run in night.records if run.commit == record.base and run.ground == record.ground]
-    lines["num_steps"] = figures.get("ticks") and f"{figures['ticks']}{steps_of(base)}"
+    costs_of_base = costs_of(base[-1].figures) if base else {}
+    for name, text in costs_of(figures).items():
+        before = costs_of_base.get(name, text)
+        lines[name] = text if text == before else f"{text} (its base {before})"
     outside = [f"{key} {figures[key]}" for key in ("startup", "evaluation") if key in figures]
     lines["seconds"] = ", ".join([f"{figures.get('seconds')}, in all {figures.get('total_seconds')}", *outside])
     lines |= dict(list(figures.get("shown", {}).items())[:8])
@@ -149,9 +149,16 @@ def end_of(night, record):
     return [f"{key + ':':<17} {text}" for key, text in lines.items() if text is not None]
 
 
-def steps_of(runs):
-    """The steps of the kept commit, as a phrase: a machine that has changed its speed shows here."""
-    return f" (its base {runs[-1].figures.get('ticks')})" if runs else ""
+def costs_of(figures):
+    """{line: text} of what a run used and did, which is shown beside its base's: an idea's price, or a machine that has
+    changed its speed."""
+    costs = {}
+    for name, key in (("peak_vram_mb", "memory_mb"), ("num_params_M", "params"), ("total_tokens_M", "tokens")):
+        if figures.get(key):
+            costs[name] = f"{figures[key] / (1 if key == 'memory_mb' else 1e6):.1f}"
+    if figures.get("ticks"):
+        costs["num_steps"] = str(figures["ticks"])
+    return costs
 
 
 def wait_for_slots(night, seconds):

@@ -292,10 +292,10 @@ def test_a_control_after_sixteen_experiments(alone):
 
 
 def test_one_run_decides_and_says_how_sure_it_is(alone):
-    better = alone.idea("better", {0: 0.01})
+    better = alone.idea("better", {0: 0.01}, steps=8)
     assert "sd, keep above 0.5" in alone.out
-    assert "lines:            +1 -1" in alone.out
-    assert "(its base 10)" in alone.out
+    assert "lines:            +2 -2" in alone.out
+    assert "num_steps:        8 (its base 10)" in alone.out
     alone.referee("log")
     assert alone.head == better
     assert alone.words(better) == ["keep"]
