@@ -122,11 +122,11 @@ TIERS = {  # a GPU's memory in GB picks its row
         batch_tokens=2**12,
         micro_tokens=2**12,
         eval_tokens=2**14,
-        adam_betas=(0.6, 0.99),
         muon_momentum_steps=100,
         softcap=0.0,
         ngram_rows=(2**17, 2**18),
         taps=3,
+        adam_betas=(0.6, 0.99),
     ),
 }
 
