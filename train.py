@@ -284,10 +284,10 @@ class GPT(nn.Module):
     def look_up_ngrams(self, ids):  # ids: (B, T) -> (B, T, C)
         return sum(table(hash_ngrams(ids, n, table.num_embeddings)) for n, table in enumerate(self.ngrams, start=2))
 
-    def hidden(self, ids, ngrams):  # ids: (B, T); ngrams: (B, T, C) or None -> (B, T, C), normed
+    def hidden(self, ids):  # ids: (B, T) -> (B, T, C), normed
         x = self.embedding(ids)  # (B, T, C)
-        if ngrams is not None:
-            x = x + ngrams
+        if len(self.ngrams):
+            x = x + self.look_up_ngrams(ids)
         x0 = norm(x)
         x = x0
         for i, block in enumerate(self.blocks):
@@ -295,15 +295,14 @@ class GPT(nn.Module):
             x = block(self.residual_scale[i] * x + self.x0_scale[i] * x0, values, self.cos, self.sin)
         return norm(x)
 
-    def logits(self, ids, ngrams):  # -> (B, T, V), in fp32
-        logits = self.head(self.hidden(ids, ngrams)).float()
+    def logits(self, ids):  # ids: (B, T) -> (B, T, V), in fp32
+        logits = self.head(self.hidden(ids)).float()
         cap = self.knobs.softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(self, ids, targets=None):  # ids, targets: (B, T)
-        ngrams = self.look_up_ngrams(ids) if len(self.ngrams) else None  # first: all behind it is compiled as one
         with torch.autocast(ids.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.logits(ids, ngrams)
+            logits = self.logits(ids)
             return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def flops_per_token(self):
