@@ -45,7 +45,7 @@ class Knobs:
     window_pattern: str = "SSSSL"  # * repeated over the blocks: S short window, L the whole row; the last is always L
     short_window: float = 1 / 8  # of T: earlier tokens a position sees besides itself
     rope_base: float = 200_000.0
-    qk_scale: float = 1.15  # root mean square of q and k after their norm: attention's logits grow with its square
+    qk_scale: float = 1.15  # * root mean square of q and k after their norm: attention's logits grow with its square
     softcap: float = 15.0  # * logits are squeezed into +-softcap; 0 leaves them alone
     ngram_rows: tuple = ()  # * rows of hashed tables that are added to the embedding: of pairs, of triples, and so on
     value_gate_channels: int = 32  # channels of the normed input that gate the value embeddings
@@ -119,6 +119,7 @@ TIERS = {  # a GPU's memory in GB picks its row
         width=128,
         head_dim=64,
         window_pattern="L",
+        qk_scale=1.0,
         batch_tokens=2**12,
         micro_tokens=2**12,
         eval_tokens=2**14,
@@ -284,25 +285,24 @@ class GPT(nn.Module):
     def look_up_ngrams(self, ids):  # ids: (B, T) -> (B, T, C)
         return sum(table(hash_ngrams(ids, n, table.num_embeddings)) for n, table in enumerate(self.ngrams, start=2))
 
-    def hidden(self, ids):  # ids: (B, T) -> (B, T, C), normed
-        x = self.embedding(ids)  # (B, T, C)
-        if len(self.ngrams):
-            x = x + self.look_up_ngrams(ids)
+    def embed(self, ids):  # ids: (B, T) -> (B, T, C)
+        x = self.embedding(ids)
+        return x + self.look_up_ngrams(ids) if len(self.ngrams) else x
+
+    def logits(self, ids, x):  # ids: (B, T); x: their embeddings, (B, T, C) -> (B, T, V), in fp32
         x0 = norm(x)
         x = x0
         for i, block in enumerate(self.blocks):
             values = self.value_embeddings[str(i)](ids) if str(i) in self.value_embeddings else None
             x = block(self.residual_scale[i] * x + self.x0_scale[i] * x0, values, self.cos, self.sin)
-        return norm(x)
-
-    def logits(self, ids):  # ids: (B, T) -> (B, T, V), in fp32
-        logits = self.head(self.hidden(ids)).float()
+        logits = self.head(norm(x)).float()
         cap = self.knobs.softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(self, ids, targets=None):  # ids, targets: (B, T)
         with torch.autocast(ids.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.logits(ids)
+            x = self.embed(ids)  # the lookup of n-grams breaks the graph in there; what follows is compiled as one
+            logits = self.logits(ids, x)
             return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def flops_per_token(self):
@@ -738,6 +738,21 @@ def sdpa_attention(device, T, windows):
     return attend
 
 
+class Scores(torch.autograd.Function):
+    """q @ k.mT for (N, queries, D) and (N, keys, D). PyTorch's own gradient of k would lie transposed in memory, and what
+    works on it in the backward would read across its rows."""
+
+    @staticmethod
+    def forward(ctx, q, k):
+        ctx.save_for_backward(q, k)
+        return q @ k.mT
+
+    @staticmethod
+    def backward(ctx, grad):  # (N, queries, keys)
+        q, k = ctx.saved_tensors
+        return grad @ k, grad.mT @ q
+
+
 def chunked_attention(device, T, windows):
     """Plain products and a softmax, for chunks of queries over the keys that they may see. On a CPU a compiler fuses what
     lies between the products, and PyTorch's own attention is slower."""
@@ -751,7 +766,7 @@ def chunked_attention(device, T, windows):
         for start in range(0, T, chunk):
             end = min(start + chunk, T)
             first = max(0, start - window)  # the earliest key that a query of this chunk sees
-            scores = D**-0.5 * (q[:, start:end] @ k[:, first:end].mT).float()  # (B H, queries, keys)
+            scores = D**-0.5 * Scores.apply(q[:, start:end], k[:, first:end]).float()  # (B H, queries, keys)
             scores = scores.masked_fill(~masks[window][start:end, first:end], -torch.inf)
             mixed.append(scores.softmax(-1).to(v.dtype) @ v[:, first:end])
         return torch.cat(mixed, dim=1).view(B, H, T, D).transpose(1, 2)

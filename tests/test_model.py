@@ -285,7 +285,7 @@ def test_peaks(monkeypatch):
 
 # -- edits that an agent makes
 
-BIASED = ("logits = self.head(self.hidden(ids)).float()", "logits = self.head(self.hidden(ids)).float() + self.bias")
+BIASED = ("logits = self.head(norm(x)).float()", "logits = self.head(norm(x)).float() + self.bias")
 BIAS = (
     "self.draw_weights()\n        if",
     "self.bias = nn.Parameter(torch.zeros(vocab_size))\n        self.draw_weights()\n        if",
