@@ -1,6 +1,6 @@
 """Real training of the reference recipe and of the shipped one on the dataset in use, each run on one core.
 
-    uv run bench/bench_cpu.py --seconds 300 --seeds 42 43 44 [--arm reference shipped] [--cores 0 1]
+    uv run bench/bench_cpu.py --seconds 300 --seeds 42 43 44 [--arm reference shipped] [--cores 0 1] [--depth 8]
 
 The runs follow each other in ABBA order; with several cores as many go on at a time, each on its own.
 """
@@ -11,7 +11,7 @@ import queue
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
-from reference import ARMS, abba, run, show
+from reference import ARMS, ON_CPU, abba, run, show
 
 KEYS = ("val_bpb", "steps", "tokens_s", "startup", "evaluation")
 
@@ -41,7 +41,10 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--arm", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--cores", type=int, nargs="+", default=sorted(os.sched_getaffinity(0)))
+    parser.add_argument("--depth", type=int, default=4, help="blocks of both")
     args = parser.parse_args()
+    ON_CPU["depth"] = args.depth
+    ARMS["shipped"]["depth"] = args.depth
     compare(args.arm, args.seeds, args.seconds, args.cores)
 
 

@@ -325,15 +325,20 @@ def test_a_new_parameter_takes_its_knob_its_module_and_one_line_of_the_optimizer
     assert torch.allclose(model.bias.abs(), torch.tensor(0.5), atol=1e-3)  # Adam's first step is the rate
 
 
-def test_the_model_is_one_graph_for_training_and_one_for_evaluation():
-    graphs = []
+def keeping(graphs):
+    """A backend of torch.compile that appends each graph to a list and runs it as it is."""
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
+    return backend
+
+
+def test_the_model_is_one_graph_for_training_and_one_for_evaluation():
+    graphs = []
     model = tiny(train.chunked_attention, taps=2, ngram_rows=(), length=LENGTH)
-    forward = torch.compile(model, dynamic=False, fullgraph=True, backend=backend)
+    forward = torch.compile(model, dynamic=False, fullgraph=True, backend=keeping(graphs))
     for _ in range(2):
         forward(IDS, TARGETS).backward()
         with torch.no_grad():
@@ -341,3 +346,11 @@ def test_the_model_is_one_graph_for_training_and_one_for_evaluation():
             forward(IDS)
             model.train()
     assert len(graphs) == 2
+
+
+def test_all_behind_the_lookup_of_ngrams_is_one_graph():
+    graphs = []
+    model = tiny(train.chunked_attention, length=LENGTH)
+    torch.compile(model, dynamic=False, backend=keeping(graphs))(IDS, TARGETS)
+    (behind,) = [graph.code for graph in graphs if "linear" in graph.code]
+    assert "cross_entropy" in behind
