@@ -41,10 +41,11 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--arm", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--cores", type=int, nargs="+", default=sorted(os.sched_getaffinity(0)))
-    parser.add_argument("--depth", type=int, default=4, help="blocks of both")
+    parser.add_argument("--depth", type=int, help="blocks of both, the tier's unless given")
     args = parser.parse_args()
-    ON_CPU["depth"] = args.depth
-    ARMS["shipped"]["depth"] = args.depth
+    if args.depth is not None:
+        ON_CPU["depth"] = args.depth
+        ARMS["shipped"]["depth"] = args.depth
     compare(args.arm, args.seeds, args.seconds, args.cores)
 
 

@@ -54,3 +54,13 @@ def edited(*edits):
     sys.modules[module.__name__] = module  # dataclasses look there
     exec(compile(text, "train.py, edited", "exec"), module.__dict__)
     return module
+
+
+def keeping(graphs):
+    """A backend of torch.compile that appends each graph to a list and runs it as it is."""
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    return backend

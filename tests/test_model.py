@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import CPU, CUDA, V, cpu_knobs, draw, draw_ids, edited, redraw, tiny
+from reference import CPU, CUDA, V, cpu_knobs, draw, draw_ids, edited, keeping, redraw, tiny
 
 import train
 from bench.reference import REFERENCE
@@ -323,16 +323,6 @@ def test_a_new_parameter_takes_its_knob_its_module_and_one_line_of_the_optimizer
     model(IDS, TARGETS).backward()
     optimizer.step()
     assert torch.allclose(model.bias.abs(), torch.tensor(0.5), atol=1e-3)  # Adam's first step is the rate
-
-
-def keeping(graphs):
-    """A backend of torch.compile that appends each graph to a list and runs it as it is."""
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    return backend
 
 
 def test_the_model_is_one_graph_for_training_and_one_for_evaluation():
